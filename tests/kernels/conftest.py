@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
+# TRITON_INTERPRET=1 on a machine with a GPU asks for the interpreter all the same.
+ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0"
 
 if not ON_GPU:
     if "triton" in sys.modules and not sys.modules["triton"].knobs.runtime.interpret:
@@ -32,11 +33,6 @@ if not ON_GPU:
     interpret_bf16 = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(interpret_bf16)
     interpret_bf16.install()
-elif os.environ.get("TRITON_INTERPRET"):
-    raise pytest.UsageError(
-        "TRITON_INTERPRET is set on a machine with a GPU: the kernels would run on the CPU. "
-        "Unset it, or hide the GPU with CUDA_VISIBLE_DEVICES= to test the interpreter."
-    )
 
 # Relative L2 error against fp64; kernels.md section 7.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -88,9 +84,7 @@ def assert_accurate() -> Callable[..., None]:
         assert error <= TOLERANCES[actual.dtype], f"relative L2 error {error:.2e}"
         if torch_result is not None and actual.dtype != torch.float32:
             bound = 2 * relative_l2(torch_result, exact)
-            assert error <= bound, (
-                f"error {error:.2e}, over twice torch's own: {bound:.2e}"
-            )
+            assert error <= bound, f"error {error:.2e}, over twice torch's own: {bound:.2e}"
 
     return check
 
