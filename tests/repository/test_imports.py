@@ -1,0 +1,72 @@
+"""What ``import tritonhybrid`` loads, and what it leaves for those who need it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+PUBLIC_NAMES = (
+    "Completion",
+    "HybridConfig",
+    "HybridEngine",
+    "RolloutOutput",
+    "SamplingParams",
+    "TritonHybridError",
+    "TritonRollout",
+    "register_policy",
+    "unwrap",
+    "wrap",
+)
+
+
+def modules_added_by(code: str) -> set[str]:
+    """Return the modules that `code` loads on top of torch, transformers and deepspeed."""
+    script = f"""
+import json, sys
+import deepspeed, torch, transformers
+before = set(sys.modules)
+{code}
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def added_by_the_public_names() -> set[str]:
+    return modules_added_by(
+        "\n".join(["import tritonhybrid", *(f"tritonhybrid.{name}" for name in PUBLIC_NAMES)])
+    )
+
+
+def test_importing_everything_public_loads_no_modelling_code(added_by_the_public_names: set[str]):
+    modelling = {
+        name
+        for name in added_by_the_public_names
+        if name.startswith("transformers.models.") and ".modeling_" in name
+    }
+    assert "tritonhybrid.engine" in added_by_the_public_names
+    assert modelling == set()
+
+
+def test_importing_everything_public_loads_no_drawing(added_by_the_public_names: set[str]):
+    tops = {name.split(".")[0] for name in added_by_the_public_names}
+    assert tops.isdisjoint({"matplotlib", "rich"})
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import tritonhybrid
+
+    with pytest.raises(AttributeError, match="no_such_name"):
+        tritonhybrid.no_such_name  # noqa: B018
+
+
+def test_every_public_name_is_listed():
+    import tritonhybrid
+
+    assert set(PUBLIC_NAMES) <= set(tritonhybrid.__all__)
+    assert set(tritonhybrid.__all__) <= set(dir(tritonhybrid))
