@@ -16,6 +16,8 @@ import triton
 
 from tritonhybrid_kernels.errors import KernelArgumentError
 
+Mma = Literal["HGMMA", "HMMA", "tensor_core", "none"]
+
 FLOAT_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 # Read once: @triton.jit chooses between compiler and interpreter when it decorates, so a later
@@ -24,7 +26,7 @@ _INTERPRETED: Final[bool] = bool(triton.knobs.runtime.interpret)
 
 # Fused multiply-adds would make a result depend on how the compiler paired the operations; the
 # interpreter has no such option and would take it for a kernel argument.
-_COMPILED_OPTIONS: Final[Mapping[str, Any]] = {"enable_fp_fusion": False}
+COMPILED_OPTIONS: Final[Mapping[str, Any]] = {"enable_fp_fusion": False}
 _INTERPRETED_OPTIONS: Final[Mapping[str, Any]] = {}
 
 # The architecture whose configurations the interpreter runs, so that CPU tests walk through the
@@ -48,9 +50,9 @@ class LaunchCase:
             pointer.
         constants: the constexpr arguments by name.
         options: num_warps, num_stages and other compile options of this launch.
-        mma: "tensor_core" where the kernel must run on tensor cores, "none" where it must not
-            need them (fp32, norms, samplers).
-        streams: True where the kernel reads bulk data, so loads of 128 bits must be present.
+        mma: the matrix instruction that must be found; "tensor_core" is either of "HGMMA" and
+            "HMMA"; "none" means there must be none (fp32, norms, samplers).
+        streams: True where the kernel reads bulk data: most of its loads must be 128 bits wide.
     """
 
     op: str
@@ -59,7 +61,7 @@ class LaunchCase:
     args: tuple[Any, ...]
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
-    mma: Literal["tensor_core", "none"]
+    mma: Mma
     streams: bool
 
 
@@ -70,7 +72,7 @@ def is_interpreted() -> bool:
 
 def launch_options(device: torch.device) -> Mapping[str, Any]:
     """Return the keyword arguments every launch on `device` passes besides its configuration."""
-    return _COMPILED_OPTIONS if device.type == "cuda" and not _INTERPRETED else _INTERPRETED_OPTIONS
+    return COMPILED_OPTIONS if device.type == "cuda" and not _INTERPRETED else _INTERPRETED_OPTIONS
 
 
 @cache
@@ -80,13 +82,13 @@ def _cuda_arch(device_index: int) -> int:
 
 
 def device_arch(device: torch.device) -> int:
-    """Return the compute capability a configuration is chosen for, e.g. 90 for sm_90.
+    """Return the compute capability of a tensor's device, e.g. 90 for sm_90.
 
     Under the interpreter it is the reference machine's, so CPU tests use the shipped tiles.
     """
     if device.type != "cuda":
         return _INTERPRETED_ARCH
-    return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
+    return _cuda_arch(device.index)
 
 
 def reject(rule: str, expected: object, got: object, hint: str) -> KernelArgumentError:
@@ -134,7 +136,7 @@ def check_launchable(op: str, device: torch.device) -> None:
             device,
             f"Call {op}_ref on the CPU, or set TRITON_INTERPRET=1 before triton is imported.",
         )
-    if device.index is not None and device.index != torch.cuda.current_device():
+    if device.index != torch.cuda.current_device():
         raise reject(
             f"{op}: tensors must be on the current device",
             f"cuda:{torch.cuda.current_device()}",

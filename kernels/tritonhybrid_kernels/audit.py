@@ -1,0 +1,187 @@
+"""Compile launches for a GPU that is not there and read what the machine code does.
+
+A fake active driver lets ``kernel.warmup`` take the route of a real launch: Triton itself derives
+the signature and the divisibility of pointers and sizes. cuobjdump from Triton's wheel then gives
+registers, spills, matrix instructions and load widths. Needs a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from tritonhybrid_kernels.errors import KernelArgumentError
+from tritonhybrid_kernels.launch import COMPILED_OPTIONS, LaunchCase, is_interpreted
+
+MAX_SPILLS: Final = 8
+
+# Shared memory one block may use, in bytes (CUDA C++ Programming Guide, compute capabilities,
+# less the 1 KiB the system keeps).
+SHARED_LIMIT_BYTES: Final = {80: 166912, 90: 232448}
+
+MmaKind = Literal["HGMMA", "HMMA", "none"]
+
+_TARGET = "cuda"
+_WARP_SIZE = 32
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
+_WIDE_LOADS = ("LDG", "LDGSTS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """What one compiled launch costs and uses.
+
+    Attributes:
+        registers: a thread.
+        spills: instructions that load or store thread-local memory.
+        shared_bytes: a block.
+        mma: the matrix instruction in use, "none" without tensor cores.
+        num_mma: how many of them.
+        load_widths: global loads (direct or asynchronous to shared memory) by width in bits.
+        num_warps: a block.
+    """
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    mma: MmaKind
+    num_mma: int
+    load_widths: Counter[int]
+    num_warps: int
+
+
+class _OfflineDriver:
+    """As much of a driver as ``JITFunction.warmup`` asks for; nothing is loaded or launched."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+        self._target = GPUTarget(_TARGET, arch, _WARP_SIZE)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        # The key of Triton's cache of compiled kernels: one entry an architecture.
+        return self._arch
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+
+@contextmanager
+def _offline_driver(arch: int) -> Iterator[None]:
+    driver.set_active(_OfflineDriver(arch))
+    try:
+        yield
+    finally:
+        # Not reset_active(): that would build the default driver, which needs a GPU.
+        driver._active = None
+
+
+def compile_case(case: LaunchCase, arch: int) -> Any:
+    """Compile one launch for `arch` (e.g. 90) as a launch on such a GPU would.
+
+    Returns:
+        Triton's CompiledKernel.
+
+    Raises:
+        KernelArgumentError: the process runs Triton's interpreter, which compiles nothing.
+    """
+    if is_interpreted():
+        raise KernelArgumentError(
+            "audit: kernels must be compiled: expected a process without TRITON_INTERPRET, got "
+            "the interpreter. Run the audit by itself, with TRITON_INTERPRET unset."
+        )
+    with _offline_driver(arch):
+        return case.kernel.warmup(
+            *case.args, grid=(1,), **case.constants, **case.options, **COMPILED_OPTIONS
+        )
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Return cuobjdump's resource usage and machine code listing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, listing = (
+            subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, flag, str(path)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    return usage, listing
+
+
+def _load_width(instruction: str) -> int:
+    """Return the bits a load instruction moves a thread, from its suffixes."""
+    suffixes = instruction.split(".")
+    for width in (256, 128, 64):
+        if str(width) in suffixes:
+            return width
+    if "U16" in suffixes or "S16" in suffixes:
+        return 16
+    return 8 if "U8" in suffixes or "S8" in suffixes else 32
+
+
+def inspect_kernel(compiled: Any) -> KernelReport:
+    """Read registers, spills, shared memory, matrix instructions and load widths of a kernel."""
+    usage, listing = _disassemble(compiled.asm["cubin"])
+    registers = re.search(r"\bREG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
+    instructions = [
+        match.group(1) for line in listing.splitlines() if (match := _INSTRUCTION.match(line))
+    ]
+    opcodes = Counter(instruction.split(".")[0] for instruction in instructions)
+    mma: MmaKind = "HGMMA" if opcodes["HGMMA"] else "HMMA" if opcodes["HMMA"] else "none"
+    return KernelReport(
+        registers=int(registers.group(1)),
+        spills=opcodes["LDL"] + opcodes["STL"],
+        shared_bytes=compiled.metadata.shared,
+        mma=mma,
+        num_mma=opcodes[mma],
+        load_widths=Counter(
+            _load_width(instruction)
+            for instruction in instructions
+            if instruction.split(".")[0] in _WIDE_LOADS
+        ),
+        num_warps=compiled.metadata.num_warps,
+    )
+
+
+def audit_case(case: LaunchCase, arch: int) -> tuple[KernelReport, list[str]]:
+    """Compile one launch and check what must hold before it may ship.
+
+    Returns:
+        The report and the broken rules in words, empty when the launch may ship.
+    """
+    report = inspect_kernel(compile_case(case, arch))
+    broken = []
+    if report.spills > MAX_SPILLS:
+        broken.append(f"{report.spills} spill instructions, at most {MAX_SPILLS} allowed")
+    if report.shared_bytes > SHARED_LIMIT_BYTES[arch]:
+        limit = SHARED_LIMIT_BYTES[arch]
+        broken.append(f"{report.shared_bytes} bytes of shared memory, sm_{arch} has {limit}")
+    allowed = ("HGMMA", "HMMA") if case.mma == "tensor_core" else (case.mma,)
+    if report.mma not in allowed:
+        broken.append(f"matrix instruction {report.mma}, expected {' or '.join(allowed)}")
+    if case.streams and report.load_widths[128] * 2 <= report.load_widths.total():
+        broken.append(f"most loads are not 128 bits wide: {dict(report.load_widths)}")
+    return report, broken
