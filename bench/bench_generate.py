@@ -1,0 +1,199 @@
+"""Compare our rollout with every peer on the same weights, prompts and real tokens.
+
+    python bench/bench_generate.py --workload uniform_b16 --rounds 5 --dtype fp32 bf16
+
+Tokens are gated first: in fp32 every provider must give HF generate's greedy tokens, or it has a
+row that says where it differs and no speed. Then all run interleaved; ratios are taken round by
+round. One CSV, and a JSON beside it with the command, the seconds and what each provider says of
+itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peers
+import torch
+from comparison import OURS, Alone, Contestant, Outcome, compare, rows_of
+from engines import deepspeed_engine, free_port, join
+from ours import tritonhybrid_rollout
+from report import ROOT, Row, table, write_csv, write_json
+from two_ranks import Job, compare_on_ranks
+from workloads import DTYPES, WORKLOADS, Workload, build_model
+
+
+class Weights:
+    """One set of random weights, handed out as copies so that no provider alters another's."""
+
+    def __init__(self, workload: Workload, dtype: str, device: str, rank: int) -> None:
+        self.dtype = DTYPES[dtype]
+        self._workload = workload
+        self._device = device
+        self._rank = rank
+        # Made in fp32 and rounded: the gate's weights and the timed ones are the same draw.
+        self.model = build_model(workload.model, torch.float32, device).to(self.dtype)
+
+    def engine(self, zero: int) -> Any:
+        return deepspeed_engine(copy.deepcopy(self.model), zero, self.dtype)
+
+    def where(self) -> dict[str, Any]:
+        return {"rank": self._rank, "device": self._device}
+
+
+def contestants(
+    workload: Workload,
+    dtype: str,
+    rank: int,
+    *,
+    device: str,
+    zeros: tuple[int, ...],
+    chosen: str,
+) -> list[Contestant]:
+    """Return the contestants that make sense for a workload, HF generate first."""
+    weights = Weights(workload, dtype, device, rank)
+    everyone = [
+        Contestant(
+            "hf_generate", partial(peers.hf_generate, weights.model, workload, **weights.where())
+        ),
+        *_on_engines(weights, workload, zeros, device, rank),
+    ]
+    if workload.ranks == 1:
+        everyone.extend(_on_the_module(weights, workload, device))
+    return [each for each in everyone if each is everyone[0] or fnmatch.fnmatch(each.name, chosen)]
+
+
+def _on_the_module(weights: Weights, workload: Workload, device: str) -> Iterator[Contestant]:
+    on_module: list[tuple[str, Callable[..., Any], bool]] = [
+        ("hf_sorted_batches", peers.hf_sorted_batches, workload.is_ragged),
+        ("hf_shared_prefix", peers.hf_shared_prefix, workload.n > 1),
+    ]
+    for name, make, applies in on_module:
+        if applies:
+            yield Contestant(name, partial(make, weights.model, workload, device=device))
+    yield Contestant(
+        "transformers_generate_batch",
+        partial(peers.transformers_generate_batch, weights.model, workload),
+    )
+
+
+def _on_engines(
+    weights: Weights, workload: Workload, zeros: tuple[int, ...], device: str, rank: int
+) -> Iterator[Contestant]:
+    for zero in zeros:
+        where = f"[zero{zero}]"
+        # Two engines: wrapping ours changes `generate` of its module, which DeepSpeed's rollout
+        # calls.
+        yield Contestant(
+            OURS + where,
+            lambda zero=zero: tritonhybrid_rollout(weights.engine(zero), workload, rank=rank),
+        )
+        shared = _Once(partial(weights.engine, zero))
+        modes: list[tuple[str, dict[str, bool], bool]] = [
+            ("", {}, True),
+            ("_continuous", {"continuous": True}, True),
+            ("_continuous_repaired", {"continuous": True, "repaired": True}, True),
+            ("_shared_prefill", {"shared_prefill": True}, workload.n > 1),
+        ]
+        if zero == 3:
+            yield Contestant(
+                "module_generate" + where,
+                lambda shared=shared: peers.module_generate(shared(), workload, **weights.where()),
+            )
+        for suffix, mode, applies in modes:
+            if applies:
+                yield Contestant(
+                    f"deepspeed_rollout{suffix}{where}",
+                    lambda shared=shared, mode=mode: peers.deepspeed_rollout(
+                        shared(), workload, **weights.where(), **mode
+                    ),
+                )
+
+
+class _Once:
+    """A value made at the first call and shared by the later ones."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._made: list[Any] = []
+
+    def __call__(self) -> Any:
+        if not self._made:
+            self._made.append(self._make())
+        return self._made[0]
+
+
+def run_workload(workload: Workload, dtype: str, arguments: argparse.Namespace) -> Outcome:
+    chosen = arguments.providers
+    if workload.ranks > 1:
+        field = partial(contestants, device="cpu", zeros=(3,), chosen=chosen)
+        job = Job(field, workload, dtype, arguments.rounds, frozenset())
+        return compare_on_ranks(job, hang_s=arguments.hang_s)
+    drain = torch.cuda.synchronize if arguments.device == "cuda" else lambda: None
+    zeros = tuple(arguments.zero)
+
+    def field_of(dtype: str) -> list[Contestant]:
+        # The models of the gate are gone before those that are timed are made.
+        gc.collect()
+        return contestants(workload, dtype, 0, device=arguments.device, zeros=zeros, chosen=chosen)
+
+    return compare(
+        field_of, dtype, arguments.rounds, Alone(drain), lambda name: print(".", end="", flush=True)
+    )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--workload", nargs="+", choices=sorted(WORKLOADS), default=None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["fp32"])
+    parser.add_argument("--zero", nargs="+", type=int, choices=(0, 1, 2, 3), default=[0, 3])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of a single-rank run")
+    parser.add_argument("--providers", default="*", help="only those matching, beside hf_generate")
+    parser.add_argument("--hang-s", type=float, default=600.0, help="longest call of two ranks")
+    parser.add_argument("--tiny", action="store_true", help="try the bench on a tiny model")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/generate.csv")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    # Both print a line a call, into the table.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    workloads = [WORKLOADS[name] for name in arguments.workload or WORKLOADS]
+    if arguments.tiny:
+        workloads = [workload.shrunk() for workload in workloads]
+    if any(workload.ranks == 1 for workload in workloads):
+        join(0, 1, free_port(), arguments.device)
+    rows: list[Row] = []
+    runs: list[dict[str, Any]] = []
+    for workload in workloads:
+        for dtype in arguments.dtype:
+            outcome = run_workload(workload, dtype, arguments)
+            new = rows_of(outcome, workload, dtype)
+            rows.extend(new)
+            runs.append({"workload": workload.name, "dtype": dtype} | vars(outcome))
+            write_csv(arguments.out, rows, arguments.device)
+            write_json(arguments.out.with_suffix(".json"), {"runs": runs}, arguments.device)
+            print("\n" + table([row for row in new if row.metric != "greedy_agreement"]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    wrong = [row for row in rows if row.provider.startswith(OURS) and "failed" in row.metric]
+    for row in wrong:
+        print(f"{row.workload}: {row.provider} {row.metric}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
