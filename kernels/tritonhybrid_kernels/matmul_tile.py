@@ -64,6 +64,10 @@ def matmul_tile(
     return acc
 
 
+# Rows of tiles that share a column's weights in L2.
+_GROUP_M: Final = 8
+
+
 class MatmulConfig(NamedTuple):
     """Tile sizes and compile options of one projection launch."""
 
@@ -73,6 +77,12 @@ class MatmulConfig(NamedTuple):
     group_m: int
     num_warps: int
     num_stages: int
+
+    @classmethod
+    def from_tile(cls, tile: tuple[int, int, int, int, int]) -> MatmulConfig:
+        """Complete (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)."""
+        block_m, block_n, block_k, num_warps, num_stages = tile
+        return cls(block_m, block_n, block_k, _GROUP_M, num_warps, num_stages)
 
     def constants(self, depth: int, num_rows: int) -> dict[str, Any]:
         """Return the constexpr arguments of a projection kernel."""
@@ -107,45 +117,57 @@ def _num_sms(arch: int) -> int:
     return _NUM_SMS[90] if arch >= 90 else _NUM_SMS[80]
 
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), widest first, by the largest number of rows
-# they are for and by the number of weights a program multiplies with. The tiles with BLOCK_M of
-# at least 64 use the warp-group instruction on sm_90. None spills on sm_80 or sm_90 (tests/audit).
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) of a tile. A table lists the tiles up to a
+# number of rows, widest first. The tiles with BLOCK_M of at least 64 use the warp-group instruction
+# on sm_90. None spills more than the audit allows on the architectures it is for (tests/audit).
 _Tile = tuple[int, int, int, int, int]
+_Table = tuple[tuple[int, tuple[_Tile, ...]], ...]
 _ANY_ROWS: Final = 1 << 62
 
-_HALF_TILES: Final[dict[int, tuple[tuple[int, tuple[_Tile, ...]], ...]]] = {
-    1: (
-        (16, ((16, 64, 128, 4, 5), (16, 32, 128, 4, 5), (16, 16, 128, 2, 5))),
-        (32, ((32, 64, 128, 4, 4), (32, 32, 128, 4, 4))),
-        (64, ((64, 64, 64, 4, 5), (64, 32, 64, 4, 5))),
-        (128, ((128, 64, 64, 4, 4), (128, 32, 64, 4, 4))),
-        (_ANY_ROWS, ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 4, 4))),
-    ),
-    2: (
-        (16, ((16, 32, 128, 4, 4), (16, 16, 128, 2, 4))),
-        (32, ((32, 32, 128, 4, 3),)),
-        (64, ((64, 32, 64, 4, 4),)),
-        (128, ((128, 64, 64, 8, 3), (128, 32, 64, 4, 4))),
-        (_ANY_ROWS, ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3))),
-    ),
-}
-_FP32_TILES: Final[dict[int, tuple[tuple[int, tuple[_Tile, ...]], ...]]] = {
-    1: (
-        (16, ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))),
-        (64, ((64, 32, 32, 4, 3), (32, 32, 32, 4, 3))),
-        (_ANY_ROWS, ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3))),
-    ),
-    2: (
-        (16, ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))),
-        (_ANY_ROWS, ((64, 32, 32, 4, 3), (32, 32, 32, 4, 3))),
-    ),
-}
+_HALF_TILES: Final[_Table] = (
+    (16, ((16, 64, 128, 4, 5), (16, 32, 128, 4, 5), (16, 16, 128, 2, 5))),
+    (32, ((32, 64, 128, 4, 4), (32, 32, 128, 4, 4))),
+    (64, ((64, 64, 64, 4, 5), (64, 32, 64, 4, 5))),
+    (128, ((128, 64, 64, 4, 4), (128, 32, 64, 4, 4))),
+    (_ANY_ROWS, ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 64, 64, 4, 4))),
+)
+_HALF_PAIR_TILES_SM80: Final[_Table] = (
+    (16, ((16, 32, 128, 4, 4), (16, 16, 128, 2, 4))),
+    (32, ((32, 32, 64, 4, 4),)),
+    (64, ((64, 32, 32, 4, 4),)),
+    (_ANY_ROWS, ((128, 64, 64, 8, 4), (128, 32, 64, 4, 4))),
+)
+_HALF_PAIR_TILES_SM90: Final[_Table] = (
+    (16, ((16, 32, 128, 4, 4), (16, 16, 128, 2, 4))),
+    (32, ((32, 32, 128, 4, 3),)),
+    (64, ((64, 32, 64, 4, 4),)),
+    (128, ((128, 64, 64, 8, 3), (128, 32, 64, 4, 4))),
+    (_ANY_ROWS, ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3))),
+)
+_FP32_TILES: Final[_Table] = (
+    (16, ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))),
+    (64, ((64, 32, 32, 4, 3), (32, 32, 32, 4, 3))),
+    (_ANY_ROWS, ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3))),
+)
+_FP32_PAIR_TILES: Final[_Table] = (
+    (16, ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))),
+    (_ANY_ROWS, ((64, 32, 32, 4, 3), (32, 32, 32, 4, 3))),
+)
 
 
-def matmul_tiles(dtype: torch.dtype, num_weights: int = 1) -> list[_Tile]:
-    """Return every tile the heuristic may choose for a dtype: what tests and audit go through."""
-    table = _FP32_TILES if dtype == torch.float32 else _HALF_TILES
-    return [tile for _, tiles in table[num_weights] for tile in tiles]
+def _tile_table(dtype: torch.dtype, arch: int, num_weights: int) -> _Table:
+    if dtype == torch.float32:
+        return _FP32_TILES if num_weights == 1 else _FP32_PAIR_TILES
+    if num_weights == 1:
+        return _HALF_TILES
+    return _HALF_PAIR_TILES_SM90 if arch >= 90 else _HALF_PAIR_TILES_SM80
+
+
+def matmul_tiles(dtype: torch.dtype, arch: int, num_weights: int = 1) -> list[MatmulConfig]:
+    """Return every configuration the heuristic may choose: what the tests and the audit cover."""
+    table = _tile_table(dtype, arch, num_weights)
+    tiles = sorted({tile for _, tiles in table for tile in tiles})
+    return [MatmulConfig.from_tile(tile) for tile in tiles]
 
 
 @lru_cache(maxsize=4096)
@@ -165,10 +187,10 @@ def matmul_config(
         arch: compute capability, e.g. 90.
         num_weights: accumulators a program holds: 1, or 2 for gate and up.
     """
-    table = (_FP32_TILES if dtype == torch.float32 else _HALF_TILES)[num_weights]
+    table = _tile_table(dtype, arch, num_weights)
     tiles = next(tiles for most_rows, tiles in table if num_rows <= most_rows)
     enough = _num_sms(arch) * 9 // 10
-    block_m, block_n, block_k, num_warps, num_stages = next(
+    chosen = next(
         (
             tile
             for tile in tiles
@@ -177,8 +199,9 @@ def matmul_config(
         tiles[-1],
     )
     # A toy model's K needs no wider step than itself; 16 is the least a matrix instruction takes.
-    block_k = min(block_k, max(16, triton.next_power_of_2(depth)))
-    return MatmulConfig(block_m, block_n, block_k, 8, num_warps, num_stages)
+    narrowest = max(16, triton.next_power_of_2(depth))
+    config = MatmulConfig.from_tile(chosen)
+    return config._replace(block_k=min(config.block_k, narrowest))
 
 
 # The numbers of rows, by dtype, at which the audit compiles a projection: a decode step of each

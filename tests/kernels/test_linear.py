@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from tritonhybrid_kernels.errors import KernelArgumentError
 from tritonhybrid_kernels.linear import linear, linear_ref
-from tritonhybrid_kernels.matmul_tile import MatmulConfig, matmul_config, matmul_tiles
+from tritonhybrid_kernels.matmul_tile import matmul_config, matmul_tiles
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -57,19 +57,18 @@ def test_sizes_off_the_block_multiples(device, num_columns, depth, assert_accura
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tile"),
+    ("dtype", "config"),
     [
-        (dtype, tile)
+        (dtype, config)
         for dtype in (torch.float32, torch.bfloat16)
-        for tile in sorted(set(matmul_tiles(dtype)))
+        for config in matmul_tiles(dtype, 90)
     ],
 )
-def test_every_tile_of_the_heuristic_computes_the_same(device, dtype, tile, assert_accurate):
-    block_m, block_n, block_k, num_warps, num_stages = tile
-    config = MatmulConfig(block_m, block_n, block_k, 2, num_warps, num_stages)
-    # Three tiles of rows and of columns, both ragged: the grouped order has a partial group.
-    num_rows, num_columns = 2 * block_m + 5, 2 * block_n + 3
-    x, weight, bias, residual = operands(device, dtype, num_rows, num_columns, block_k + 8)
+def test_every_tile_of_the_heuristic_computes_the_same(device, dtype, config, assert_accurate):
+    # Three tiles of rows and of columns, both ragged, and a partial group in the grouped order.
+    config = config._replace(group_m=2)
+    num_rows, num_columns = 2 * config.block_m + 5, 2 * config.block_n + 3
+    x, weight, bias, residual = operands(device, dtype, num_rows, num_columns, config.block_k + 8)
     y = linear(x, weight, bias, residual, config=config)
     torch_result = functional.linear(x, weight, bias) + residual
     assert_accurate(y, exact(x, weight, bias, residual), torch_result)
@@ -144,7 +143,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_shuffled(device):
 def test_decode_tiles_give_most_multiprocessors_work(num_rows, num_columns, depth):
     config = matmul_config(num_rows, num_columns, depth, torch.bfloat16, 90)
     tiles = -(-num_columns // config.block_n) * -(-num_rows // config.block_m)
-    narrowest = min(tile[1] for tile in matmul_tiles(torch.bfloat16))
+    narrowest = min(tile.block_n for tile in matmul_tiles(torch.bfloat16, 90))
     assert tiles >= 132 * 0.9 or config.block_n == narrowest
 
 
