@@ -1,0 +1,80 @@
+"""Train with DeepSpeed and generate from the same weights, in one process.
+
+``tritonhybrid.wrap(engine)`` gives a DeepSpeed engine serving-class generation.
+Names are resolved on first use, so importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tritonhybrid.config import HybridConfig
+    from tritonhybrid.containers.description import register_policy
+    from tritonhybrid.engine import HybridEngine, unwrap, wrap
+    from tritonhybrid.errors import (
+        CacheExhaustedError,
+        ConfigError,
+        EngineStateError,
+        KernelArgumentError,
+        NonFiniteLogitsError,
+        RankFailureError,
+        TritonHybridError,
+        UnsupportedModelError,
+    )
+    from tritonhybrid.rollout_output import Completion, RolloutOutput
+    from tritonhybrid.sampling_params import SamplingParams
+    from tritonhybrid.stats import RolloutStats
+
+_HOMES = {
+    "CacheExhaustedError": "errors",
+    "Completion": "rollout_output",
+    "ConfigError": "errors",
+    "EngineStateError": "errors",
+    "HybridConfig": "config",
+    "HybridEngine": "engine",
+    "KernelArgumentError": "errors",
+    "NonFiniteLogitsError": "errors",
+    "RankFailureError": "errors",
+    "RolloutOutput": "rollout_output",
+    "RolloutStats": "stats",
+    "SamplingParams": "sampling_params",
+    "TritonHybridError": "errors",
+    "UnsupportedModelError": "errors",
+    "register_policy": "containers.description",
+    "unwrap": "engine",
+    "wrap": "engine",
+}
+
+__all__ = [
+    "CacheExhaustedError",
+    "Completion",
+    "ConfigError",
+    "EngineStateError",
+    "HybridConfig",
+    "HybridEngine",
+    "KernelArgumentError",
+    "NonFiniteLogitsError",
+    "RankFailureError",
+    "RolloutOutput",
+    "RolloutStats",
+    "SamplingParams",
+    "TritonHybridError",
+    "UnsupportedModelError",
+    "register_policy",
+    "unwrap",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the home of a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

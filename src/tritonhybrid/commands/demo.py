@@ -1,0 +1,75 @@
+"""``tritonhybrid demo``: watch a model learn from its own rollouts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tritonhybrid.demo.settings import DemoSettings
+from tritonhybrid.errors import ConfigError, explain
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its options.
+
+    Args:
+        commands: What ``ArgumentParser.add_subparsers`` returned.
+    """
+    parser = commands.add_parser(
+        "demo",
+        help="train a small model by reinforcement learning, about two minutes on a CPU",
+        description=(
+            "Warm up a small Llama on a noisy task, then raise its verified reward with GRPO, "
+            "sampling from the DeepSpeed engine that trains it."
+        ),
+    )
+    parser.add_argument("--zero", type=int, choices=range(4), default=3, help="ZeRO stage (3)")
+    parser.add_argument("--ranks", type=int, choices=(1, 2), default=1, help="processes (1)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--steps", type=int, default=DemoSettings.steps, help=f"GRPO steps ({DemoSettings.steps})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="fixes weights, prompts, samples (0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=DemoSettings.out,
+        help=f"directory of metrics.json and reward.png ({DemoSettings.out})",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo.
+
+    Args:
+        options: What :func:`add_parser` defined, and ``began_at``.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: No steps are asked for, or the device is not there.
+    """
+    from tritonhybrid.demo.launch import launch
+    from tritonhybrid.local_engine import choose_device
+
+    if options.steps < 1:
+        raise ConfigError(
+            explain(
+                "The demo takes at least one GRPO step",
+                expected="--steps >= 1",
+                got=options.steps,
+                hint="Leave --steps out for the whole recipe.",
+            )
+        )
+    settings = DemoSettings(
+        zero=options.zero,
+        ranks=options.ranks,
+        device=choose_device(options.device, num_ranks=options.ranks),
+        steps=options.steps,
+        seed=options.seed,
+        out=options.out,
+    )
+    return launch(settings, options.began_at)

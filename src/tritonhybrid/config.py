@@ -1,0 +1,155 @@
+"""Settings of a wrapped engine: DeepSpeed's ``hybrid_engine`` keys and ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tritonhybrid.errors import ConfigError, explain
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """Everything that can be set when an engine is wrapped.
+
+    The first six fields are DeepSpeed's own ``hybrid_engine`` keys with its
+    defaults; :func:`resolve` reads them from the engine's config.
+
+    Args:
+        inference_tp_size: Ranks that share one copy of the weights while generating.
+        release_inference_cache: Give the key-value cache (and the ZeRO-3 arena)
+            back at the end of each call and on ``train()``.
+        pin_parameters: ZeRO-3: gather once per rollout into an arena.
+        tp_gather_partition_size: ZeRO-3: decoder layers gathered at a time.
+        enable_cuda_graph: Replay decode steps as CUDA graphs; "auto" uses them
+            where they exist, which is nowhere yet.
+        max_out_tokens: Most tokens of prompt plus response; None leaves it to the
+            model's own limit and the cache.
+        kv_cache_bytes: Size of the key-value cache in bytes; "auto" takes what the
+            call can use, at most half of the memory that is free.
+        block_size: Tokens a cache page holds; "auto" is 64.
+        max_num_seqs: Most sequences in flight.
+        max_num_batched_tokens: Most prompt tokens in one prefill step (a longer
+            prompt runs alone).
+        consistent: Bit-equal log-probabilities in rollout and training.
+        backend: "triton", "torch" or "auto" (triton on CUDA, torch elsewhere).
+        torch_ops: Operations that take their torch path even on the Triton backend.
+        sync_timeout_s: Seconds that a rank waits for the others of a collective call.
+
+    Raises:
+        ConfigError: A value is out of range, or names a feature not built yet.
+    """
+
+    inference_tp_size: int = 1
+    release_inference_cache: bool = False
+    pin_parameters: bool = True
+    tp_gather_partition_size: int = 8
+    enable_cuda_graph: bool | Literal["auto"] = "auto"
+    max_out_tokens: int | None = None
+    kv_cache_bytes: int | Literal["auto"] = "auto"
+    block_size: int | Literal["auto"] = "auto"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    consistent: bool | Literal["auto"] = False
+    backend: Backend = "auto"
+    torch_ops: tuple[str, ...] = ()
+    sync_timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range and what is not built yet."""
+        for name in (
+            "inference_tp_size",
+            "tp_gather_partition_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+        ):
+            _positive(name, getattr(self, name))
+        if self.max_out_tokens is not None:
+            _positive("max_out_tokens", self.max_out_tokens)
+        if self.kv_cache_bytes != "auto":
+            _positive("kv_cache_bytes", self.kv_cache_bytes)
+        if self.block_size != "auto":
+            _positive("block_size", self.block_size)
+        if self.backend not in ("auto", "triton", "torch"):
+            raise _refusal("backend", "'auto', 'triton' or 'torch'", self.backend, "Pick one.")
+        if not self.sync_timeout_s > 0:
+            raise _refusal("sync_timeout_s", "seconds > 0", self.sync_timeout_s, "Raise it.")
+        for name in ("release_inference_cache", "pin_parameters"):
+            if not isinstance(getattr(self, name), bool):
+                raise _refusal(name, "true or false", getattr(self, name), "Pass a bool.")
+        self._refuse_missing_features()
+
+    def _refuse_missing_features(self) -> None:
+        if self.inference_tp_size != 1:
+            raise _missing("inference_tp_size > 1", "Set inference_tp_size to 1.")
+        if self.enable_cuda_graph is True:
+            raise _missing("enable_cuda_graph", 'Set it to "auto" or false.')
+        if self.consistent is True:
+            raise _missing("consistent", 'Set it to "auto" or false.')
+        if not self.pin_parameters:
+            raise _missing("pin_parameters=false (layer by layer gathering)", "Leave it true.")
+
+
+def resolve(
+    given: HybridConfig | Mapping[str, Any] | None, deepspeed_keys: Mapping[str, Any]
+) -> HybridConfig:
+    """Merge what ``wrap`` was given over the ``hybrid_engine`` block of the engine's JSON.
+
+    Args:
+        given: ``wrap``'s config argument; a HybridConfig stands as it is.
+        deepspeed_keys: The user's own ``hybrid_engine`` keys; ``enabled`` is
+            ignored because ``wrap`` is the switch, and DeepSpeed's
+            ``enable_cuda_graph: false`` default never reaches here unless named.
+
+    Returns:
+        The frozen settings.
+
+    Raises:
+        ConfigError: A key is unknown or a value is refused.
+    """
+    if isinstance(given, HybridConfig):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise _refusal(
+            "config", "a HybridConfig, a dict or None", type(given).__name__, "Pass a dict."
+        )
+    named = {key: value for key, value in deepspeed_keys.items() if key != "enabled"}
+    named.update(given or {})
+    known = {field.name for field in dataclasses.fields(HybridConfig)}
+    unknown = sorted(set(named) - known)
+    if unknown:
+        raise _refusal(
+            "a HybridConfig key is unknown",
+            f"one of {sorted(known)}",
+            unknown,
+            "Correct the spelling or remove the key.",
+            verbatim=True,
+        )
+    return HybridConfig(**named)
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _refusal(name, "a whole number >= 1", value, "Set it to 1 or more.")
+
+
+def _refusal(
+    name: str, expected: object, got: object, hint: str, *, verbatim: bool = False
+) -> ConfigError:
+    rule = name if verbatim else f"HybridConfig.{name} is out of range"
+    return ConfigError(explain(rule, expected=expected, got=repr(got), hint=hint))
+
+
+def _missing(name: str, hint: str) -> ConfigError:
+    return ConfigError(
+        explain(
+            f"HybridConfig: {name} is not available in this version",
+            expected="a feature that exists",
+            got=name,
+            hint=hint,
+        )
+    )

@@ -1,0 +1,1 @@
+"""How decoder layers are served: described, bound for a rollout, probed, released."""

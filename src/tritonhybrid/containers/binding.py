@@ -1,0 +1,179 @@
+"""The model with its containers bound, for one materialisation of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from tritonhybrid_kernels.ops import Ops
+
+from tritonhybrid.batch import Batch
+from tritonhybrid.containers.fused import FusedLayer, RopeTable
+from tritonhybrid.containers.generic import ATTENTION_NAME, BATCH_KWARG, PagedStep
+from tritonhybrid.containers.head import Head
+from tritonhybrid.containers.parts import ModelParts
+from tritonhybrid.containers.patches import Patches
+from tritonhybrid.containers.plan import LayerPlan
+from tritonhybrid.containers.projection import is_plain
+from tritonhybrid.kv_cache import PagedKVCache
+
+
+class Binding:
+    """Runs HF's decoder with our containers in its layers' places.
+
+    A context manager: patches exist inside it only. Weights are read at entry, so
+    they must be whole by then and until exit.
+
+    Args:
+        parts: The model.
+        plans: Fused or generic, a layer each.
+        ops: The operations to call.
+        cache: Keys and values.
+        max_length: Longest sequence; sizes the rope tables.
+        returns_tuple: Whether HF's layers return tuples.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        plans: Sequence[LayerPlan],
+        ops: Ops,
+        cache: PagedKVCache,
+        *,
+        max_length: int,
+        returns_tuple: bool = False,
+    ) -> None:
+        self.parts = parts
+        self.plans = tuple(plans)
+        self.step = PagedStep(cache, ops)
+        self.head = Head(parts, ops)
+        self._ops = ops
+        self._cache = cache
+        self._max_length = max_length
+        self._returns_tuple = returns_tuple
+        self._patches = Patches()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether every layer runs in our container."""
+        return all(plan.path == "fused" for plan in self.plans)
+
+    def __enter__(self) -> Binding:
+        """Bind; undone at once if a layer can't be."""
+        try:
+            self._bind_layers()
+            if self.is_fused:
+                self._bind_surroundings()
+            if any(plan.path == "generic" for plan in self.plans):
+                self._bind_attention()
+        except BaseException:
+            self._patches.undo()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release: the module is HF's again."""
+        self._patches.undo()
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Hidden states after the final norm, keys and values written.
+
+        Args:
+            batch: The step.
+
+        Returns:
+            [T, D].
+        """
+        self.step.begin(batch)
+        out = self.parts.backbone(
+            input_ids=batch.input_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            past_key_values=self.step,
+            use_cache=True,
+        )
+        hidden: torch.Tensor = out[0]
+        return hidden.squeeze(0)
+
+    def container(self, index: int) -> Callable[[torch.Tensor, Batch], torch.Tensor]:
+        """The container bound in layer ``index`` (which is planned fused)."""
+        return self._containers[index]
+
+    def _bind_layers(self) -> None:
+        rope = None
+        self._containers: dict[int, FusedLayer] = {}
+        for plan, layer in zip(self.plans, self.parts.layers, strict=True):
+            if plan.description is None:
+                continue
+            rope = rope or self._rope_table()
+            container = FusedLayer(
+                layer, plan.description, plan.layer, self._ops, self._cache, rope
+            )
+            self._containers[plan.layer] = container
+            self._patches.set(layer, "forward", self._layer_forward(container))
+
+    def _layer_forward(self, container: FusedLayer) -> Callable[..., Any]:
+        step = self.step
+
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            assert step.batch is not None
+            out = container(hidden_states.squeeze(0), step.batch).unsqueeze(0)
+            return (out,) if self._returns_tuple else out
+
+        return forward
+
+    def _bind_surroundings(self) -> None:
+        """Final norm in our kernel; the rotary module has said all in the tables."""
+        norm = self.parts.final_norm
+        if norm is not None and is_plain(norm) and type(norm).__name__.endswith("RMSNorm"):
+            description = self.plans[0].description
+            assert description is not None
+            weight = norm.weight.detach()
+            eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+            offset = description.norm_weight_offset
+            ops = self._ops
+
+            def norm_forward(x: torch.Tensor) -> torch.Tensor:
+                y: torch.Tensor = ops.add_rms_norm(x.squeeze(0), weight, eps, weight_offset=offset)
+                return y.unsqueeze(0)
+
+            self._patches.set(norm, "forward", norm_forward)
+        if self.parts.rotary is not None:
+            self._patches.set(self.parts.rotary, "forward", lambda *args, **kwargs: (None, None))
+
+    def _bind_attention(self) -> None:
+        """Point HF's layers at our attention; it finds the step on its own module."""
+        for config in _configs(self.parts.model):
+            self._patches.set(config, "_attn_implementation_internal", ATTENTION_NAME)
+        for plan, layer in zip(self.plans, self.parts.layers, strict=True):
+            if plan.path == "generic":
+                for module in layer.modules():
+                    if isinstance(getattr(module, "layer_idx", None), int):
+                        self._patches.set(module, BATCH_KWARG, self.step)
+
+    def _rope_table(self) -> RopeTable:
+        rotary = self.parts.rotary
+        assert rotary is not None, "a described layer rotates by the model's rotary module"
+        weight = self.parts.head.weight
+        assert isinstance(weight, torch.Tensor)
+        positions = torch.arange(self._max_length, device=weight.device).unsqueeze(0)
+        probe = torch.empty(1, 1, 1, dtype=self._cache.keys[0].dtype, device=weight.device)
+        cos, sin = rotary(probe, position_ids=positions)
+        return RopeTable(cos[0].contiguous(), sin[0].contiguous())
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    for config in list(configs.values()):
+        for name in getattr(config, "sub_configs", None) or {}:
+            child = getattr(config, name, None)
+            if child is not None:
+                configs[id(child)] = child
+    return [c for c in configs.values() if "_attn_implementation_internal" in c.__dict__]

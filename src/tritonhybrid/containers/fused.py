@@ -1,0 +1,223 @@
+"""The one container: executes any layer description with the fused kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+from tritonhybrid_kernels.ops import Ops
+
+from tritonhybrid.batch import Batch
+from tritonhybrid.containers.description import LayerDescription
+from tritonhybrid.containers.projection import Projection, is_plain
+from tritonhybrid.kv_cache import PagedKVCache
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Cosines and sines of every position, ``[P, R]``, as the model's own module gives them."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class FusedLayer:
+    """One decoder layer on packed tokens.
+
+    Holds the layer's weights by reference for one materialisation; it is no
+    ``nn.Module``, so it never enters a state_dict.
+
+    Args:
+        layer: The HF layer, parameters whole, DeepSpeed's hooks set aside.
+        description: What it computes.
+        index: Which layer of the cache is its own.
+        ops: The operations to call.
+        cache: Keys and values.
+        rope: Position tables.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        description: LayerDescription,
+        index: int,
+        ops: Ops,
+        cache: PagedKVCache,
+        rope: RopeTable,
+    ) -> None:
+        d = description
+        self.description = d
+        self.ops = ops
+        self.rope = rope
+        self.keys = cache.keys[index]
+        self.values = cache.values[index]
+        self.input_norm = _weight(layer, d.input_norm)
+        self.post_norm = _weight(layer, d.post_attention_norm)
+        has_qk_norm = d.qk_norm_eps is not None
+        self.q_norm = _weight(layer, d.q_norm) if has_qk_norm else None
+        self.k_norm = _weight(layer, d.k_norm) if has_qk_norm else None
+        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (
+            Projection(attrgetter(path)(layer))
+            for path in (
+                d.q_proj,
+                d.k_proj,
+                d.v_proj,
+                d.o_proj,
+                d.gate_proj,
+                d.up_proj,
+                d.down_proj,
+            )
+        )
+        self.qkv_is_raw = self.q.is_raw and self.k.is_raw and self.v.is_raw
+        # A gated activation with unequal casts would need its own op; these are HF's.
+        self.mlp_is_raw = self.gate.is_raw and self.up.is_raw
+
+    def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Advance the residual stream through the layer.
+
+        Args:
+            x: [T, D] residual stream; not changed.
+            batch: The step's positions and pages; keys and values are written
+                into its slots.
+
+        Returns:
+            [T, D] new residual stream.
+        """
+        d, ops = self.description, self.ops
+        y = ops.add_rms_norm(x, self.input_norm, d.norm_eps, weight_offset=d.norm_weight_offset)
+        q, k, v = self._qkv(y)
+        num_tokens = x.shape[0]
+        q = q.view(num_tokens, d.num_heads, d.head_dim)
+        ops.rope_kv_write(
+            q,
+            k.view(num_tokens, d.num_kv_heads, d.head_dim),
+            v.view(num_tokens, d.num_kv_heads, d.head_dim),
+            self.rope.cos,
+            self.rope.sin,
+            batch.positions,
+            batch.slot_mapping,
+            self.keys,
+            self.values,
+            q_norm_weight=self.q_norm,
+            k_norm_weight=self.k_norm,
+            norm_eps=d.qk_norm_eps or d.norm_eps,
+        )
+        attended = attend(
+            ops, q, self.keys, self.values, batch, scale=d.scale, window=d.window
+        ).view(num_tokens, d.num_heads * d.head_dim)
+        x = self._add(self.o, attended, x)
+        y = ops.add_rms_norm(x, self.post_norm, d.norm_eps, weight_offset=d.norm_weight_offset)
+        if self.mlp_is_raw:
+            y = ops.gate_up_silu(
+                y,
+                self.gate.weight,
+                self.up.weight,
+                self.gate.bias,
+                self.up.bias,
+                activation=d.activation,
+            )
+        else:
+            y = _ACTIVATION[d.activation](self.gate(y)) * self.up(y)
+        return self._add(self.down, y, x)
+
+    def _qkv(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = self.q, self.k, self.v
+        if self.qkv_is_raw:
+            out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.ops.qkv_linear(
+                y, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias
+            )
+            return out
+        return q(y).contiguous(), k(y).contiguous(), v(y).contiguous()
+
+    def _add(
+        self, projection: Projection, y: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        if projection.is_raw:
+            out: torch.Tensor = self.ops.linear(
+                y, projection.weight, projection.bias, residual=residual
+            )
+            return out
+        return residual + projection(y)
+
+
+def attend(
+    ops: Ops,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: Batch,
+    *,
+    scale: float,
+    **features: Any,
+) -> torch.Tensor:
+    """Attention of one step over the pages: decode or prefill, as the batch is.
+
+    Args:
+        ops: The operations to call.
+        q: [T, H, E].
+        keys: [N, S, K, E], this step's keys already written.
+        values: [N, S, K, E'].
+        batch: The step.
+        scale: Factor on the scores.
+        features: window, softcap, sinks, alibi_slopes where the layer has them.
+
+    Returns:
+        [T, H, E'].
+    """
+    if batch.is_decode:
+        out: torch.Tensor = ops.paged_attention_decode(
+            q, keys, values, batch.block_table, batch.context_lens, scale=scale, **features
+        )
+        return out
+    out = ops.attention_varlen(
+        q,
+        keys,
+        values,
+        batch.block_table,
+        batch.cu_seqlens_q,
+        batch.context_lens,
+        scale=scale,
+        max_seqlen_q=batch.max_seqlen_q,
+        **features,
+    )
+    return out
+
+
+def obstacle(layer: nn.Module, description: LayerDescription) -> str | None:
+    """Why the container may not stand in for a layer, or None if it may.
+
+    A hook on the layer, its attention, its MLP or a norm would not run, and a
+    norm's weight is read raw; hooks on projections do run (see Projection).
+    """
+    d = description
+    watched = {"": layer}
+    for path in (d.input_norm, d.post_attention_norm, d.q_proj, d.gate_proj):
+        parent = path.rpartition(".")[0]
+        watched[parent] = attrgetter(parent)(layer) if parent else layer
+    norms = [d.input_norm, d.post_attention_norm]
+    if d.qk_norm_eps is not None:
+        norms += [d.q_norm, d.k_norm]
+    for path in norms:
+        watched[path] = attrgetter(path)(layer)
+    for path, module in watched.items():
+        if not is_plain(module):
+            return f"{path or 'the layer'} has a hook, a parametrisation or a forward of its own"
+    for path in norms:
+        if not type(watched[path]).__name__.endswith("RMSNorm"):
+            return f"{path} is a {type(watched[path]).__name__}"
+    return None
+
+
+def _weight(layer: nn.Module, path: str) -> torch.Tensor:
+    weight: torch.Tensor = attrgetter(path)(layer).weight
+    return weight.detach()
+
+
+_ACTIVATION = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+}

@@ -1,0 +1,112 @@
+"""The generic path: HF's own layer code over our attention and our cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from tritonhybrid_kernels.ops import Ops
+
+from tritonhybrid.batch import Batch
+from tritonhybrid.containers.fused import attend
+from tritonhybrid.kv_cache import PagedKVCache
+
+ATTENTION_NAME = "tritonhybrid_paged"
+BATCH_KWARG = "paged_step"
+
+
+class PagedStep(Cache):
+    """HF's cache interface over the pages, carrying the step's batch to the attention.
+
+    Args:
+        cache: Keys and values of all layers.
+        ops: The operations to call.
+    """
+
+    def __init__(self, cache: PagedKVCache, ops: Ops) -> None:
+        super().__init__(layers=[])
+        self.pages = cache
+        self.ops = ops
+        self.batch: Batch | None = None
+        self.num_updates = 0
+        self.num_attentions = 0
+
+    def begin(self, batch: Batch) -> None:
+        """Take the step about to run and count its calls afresh."""
+        self.batch = batch
+        self.num_updates = 0
+        self.num_attentions = 0
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write ``[1, K, T, E]`` keys and values of the step's tokens into their slots."""
+        assert self.batch is not None
+        self.num_updates += 1
+        for states, pages in (
+            (key_states, self.pages.keys[layer_idx]),
+            (value_states, self.pages.values[layer_idx]),
+        ):
+            rows = pages.view(-1, *pages.shape[2:])
+            rows.index_copy_(0, self.batch.slot_mapping, states[0].transpose(0, 1))
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """No length: every token brings its own position."""
+        return 0
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as HF's interface calls it, over the pages of the layer.
+
+    Args:
+        module: The attention module; its ``layer_idx`` names the pages.
+        query: [1, H, T, E].
+        key: Already in the pages; not read.
+        value: Already in the pages; not read.
+        attention_mask: None: no mask function is registered for this attention.
+        scaling: Factor on the scores; None is E ** -0.5.
+        dropout: Ignored: generation has none.
+        kwargs: The step under ``paged_step``; window, softcap and sinks of the layer.
+
+    Returns:
+        [1, T, H, E'], and None for the weights.
+    """
+    step: PagedStep = kwargs.get(BATCH_KWARG) or module.__dict__[BATCH_KWARG]
+    assert step.batch is not None
+    step.num_attentions += 1
+    index: int = module.layer_idx  # type: ignore[assignment]
+    features = {
+        ours: kwargs[theirs]
+        for theirs, ours in (
+            ("sliding_window", "window"),
+            ("softcap", "softcap"),
+            ("s_aux", "sinks"),
+        )
+        if kwargs.get(theirs) is not None
+    }
+    q = query[0].transpose(0, 1).contiguous()
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    keys, values = step.pages.keys[index], step.pages.values[index]
+    out = attend(step.ops, q, keys, values, step.batch, scale=scale, **features)
+    return out.unsqueeze(0), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)

@@ -1,0 +1,108 @@
+"""The parts of a Hugging Face causal language model that a rollout touches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tritonhybrid.errors import UnsupportedModelError, explain
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Where the skeleton's joints are.
+
+    Args:
+        outer: The module DeepSpeed trains (a PEFT wrapper, perhaps).
+        model: The ``ForCausalLM`` inside it.
+        backbone: Its decoder without the head.
+        layers: The decoder layers in order.
+        final_norm: The norm after the last layer, if it is a direct child.
+        rotary: The model-level rotary embedding, if there is one.
+        head: The output projection.
+        config: The decoder's own config.
+    """
+
+    outer: nn.Module
+    model: PreTrainedModel
+    backbone: nn.Module
+    layers: nn.ModuleList
+    final_norm: nn.Module | None
+    rotary: nn.Module | None
+    head: nn.Module
+    config: Any
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the model can read."""
+        return int(self.config.vocab_size)
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions the model was made for, if it says so."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return int(limit) if isinstance(limit, int) else None
+
+
+def causal_model(module: nn.Module) -> PreTrainedModel:
+    """The ``ForCausalLM`` inside ``module``.
+
+    Raises:
+        UnsupportedModelError: It is no Hugging Face model, or one that can't generate.
+    """
+    model: Any = module.get_base_model() if hasattr(module, "get_base_model") else module
+    if not isinstance(model, PreTrainedModel):
+        raise _unsupported("a transformers PreTrainedModel", type(model).__name__)
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+        raise _unsupported("a decoder-only model with a language modelling head", type(model))
+    if model.get_output_embeddings() is None:
+        raise _unsupported("a model with output embeddings", type(model).__name__)
+    return model
+
+
+def find_parts(module: nn.Module) -> ModelParts | None:
+    """Locate the joints; None where the model is not built around a list of layers.
+
+    Raises:
+        UnsupportedModelError: See :func:`causal_model`.
+    """
+    model = causal_model(module)
+    config = model.config.get_text_config(decoder=True)
+    backbone = model.base_model
+    count = getattr(config, "num_hidden_layers", None)
+    if backbone is model or not isinstance(count, int):
+        return None
+    lists = (m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    layers = next(lists, None)
+    head = model.get_output_embeddings()
+    if layers is None or not isinstance(head, nn.Module):
+        return None
+    return ModelParts(
+        outer=module,
+        model=model,
+        backbone=backbone,
+        layers=layers,
+        final_norm=getattr(backbone, "norm", None),
+        rotary=getattr(backbone, "rotary_emb", None),
+        head=head,
+        config=config,
+    )
+
+
+def qualified_name(module: nn.Module) -> str:
+    """Module path and class name, the key of policies."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _unsupported(expected: str, got: object) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        explain(
+            "tritonhybrid serves causal language models",
+            expected=expected,
+            got=got,
+            hint="Wrap the engine of a ForCausalLM model.",
+        )
+    )

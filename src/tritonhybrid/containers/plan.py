@@ -1,0 +1,126 @@
+"""Which path serves each layer, before and after the probe has had its say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from tritonhybrid.containers.description import LayerDescription, NotDescribableError, describe
+from tritonhybrid.containers.fused import obstacle
+from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts
+
+Path = Literal["fused", "generic", "hf"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one decoder layer is served, and why.
+
+    Args:
+        layer: Index of the layer.
+        path: "fused", "generic" or "hf".
+        reason: In words.
+        description: What the fused container executes; None elsewhere.
+    """
+
+    layer: int
+    path: Path
+    reason: str
+    description: LayerDescription | None = None
+
+    def demoted(self, path: Path, reason: str) -> LayerPlan:
+        """The same layer on a slower path."""
+        return replace(self, path=path, reason=reason, description=None)
+
+
+def plan_layers(parts: ModelParts) -> list[LayerPlan]:
+    """Choose fused or generic for each layer from its structure alone."""
+    return [_plan_layer(index, layer) for index, layer in enumerate(parts.layers)]
+
+
+def describe_model(model: nn.Module) -> list[LayerPlan]:
+    """Say how each layer of a model would be served, short of the bind-time probe.
+
+    Args:
+        model: A Hugging Face causal language model, parameters not needed.
+
+    Returns:
+        One plan a layer; a single one for layer 0 when HF's loop serves the model.
+
+    Raises:
+        UnsupportedModelError: The model can't generate.
+    """
+    causal_model(model)
+    parts = find_parts(model)
+    if parts is None:
+        return [LayerPlan(0, "hf", "the model is not built around a list of decoder layers")]
+    reason = unsuited(parts, None)
+    if reason is not None:
+        return [LayerPlan(index, "hf", reason) for index in range(len(parts.layers))]
+    return plan_layers(parts)
+
+
+def unsuited(parts: ModelParts, max_length: int | None) -> str | None:
+    """Why a model must go to HF's loop, or None.
+
+    Args:
+        parts: The model.
+        max_length: Longest sequence of the call; None asks for the model as such.
+    """
+    kinds = _rope_types(getattr(parts.config, "rope_parameters", None))
+    if "dynamic" in kinds:
+        return "dynamic NTK rope changes with the batch's longest sequence"
+    if "longrope" in kinds and max_length is not None:
+        original = _original_length(parts.config)
+        if original is None or max_length > original:
+            return f"longrope changes its table past {original} positions"
+    if getattr(parts.outer, "active_peft_config", None) is not None and getattr(
+        parts.outer.active_peft_config, "is_prompt_learning", False
+    ):
+        return "PEFT prompt learning puts virtual tokens before the prompt"
+    if not getattr(parts.model, "_supports_attention_backend", False):
+        return f"{type(parts.model).__name__} is not on HF's attention interface"
+    return None
+
+
+def fingerprint(parts: ModelParts, plans: list[LayerPlan]) -> Hashable:
+    """Changes whenever the probe's verdict might."""
+    types = tuple(type(module) for module in parts.outer.modules())
+    return types, tuple(plans), parts.head.weight.dtype
+
+
+def count_paths(plans: list[LayerPlan]) -> dict[str, int]:
+    """Layers by path and reason, for stats."""
+    return dict(Counter(f"{plan.path}: {plan.reason}" for plan in plans))
+
+
+def _plan_layer(index: int, layer: nn.Module) -> LayerPlan:
+    try:
+        description = describe(layer)
+    except (NotDescribableError, AttributeError, TypeError) as error:
+        return LayerPlan(index, "generic", f"{type(layer).__name__}: {error}")
+    reason = obstacle(layer, description)
+    if reason is not None:
+        return LayerPlan(index, "generic", reason)
+    return LayerPlan(index, "fused", f"{type(layer).__name__} is described", description)
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    if not isinstance(parameters, dict):
+        return set()
+    kinds = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
+    for value in parameters.values():
+        kinds |= _rope_types(value)
+    return kinds
+
+
+def _original_length(config: Any) -> int | None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    value = parameters.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    return int(value) if value else None

@@ -1,0 +1,1 @@
+"""The demo: a reinforcement-learning run, start to finish, on one DeepSpeed engine."""

@@ -1,0 +1,435 @@
+"""wrap and unwrap: a DeepSpeed engine that also generates, upgraded in place."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Mapping
+from collections.abc import Sequence as Sized
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tritonhybrid.config import HybridConfig, resolve
+from tritonhybrid.containers.parts import causal_model
+from tritonhybrid.engine_compat import SeedSurface
+from tritonhybrid.errors import EngineStateError, explain
+from tritonhybrid.generation import Generation
+from tritonhybrid.hf_generate import serve_generate
+from tritonhybrid.latency import LatencyClock
+from tritonhybrid.requests import Limits, Prompts, build_sequences, completions
+from tritonhybrid.rollout_output import RolloutOutput
+from tritonhybrid.sampling_params import SamplingParams
+from tritonhybrid.stats import LatencyReport, RolloutStats
+from tritonhybrid.weights.agreement import CollectiveCall
+from tritonhybrid.weights.source import WeightSource
+
+if TYPE_CHECKING:
+    _Base = deepspeed.DeepSpeedEngine
+else:
+    _Base = object
+
+logger = logging.getLogger("tritonhybrid")
+
+_STATE = "_tritonhybrid"
+# Which engine serves a module's generate. Weak and by identity: a deep copy of the
+# module (a reference model) is not registered and keeps HF's own generate.
+_ENGINES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+@dataclass
+class EngineState:
+    """All that a wrapped engine has more than a plain one.
+
+    Args:
+        original_class: The engine's class before.
+        config: Settings.
+        generation: Serves the calls.
+        seeds: The next seed of calls that name none.
+        had_generate: The module's own instance attribute ``generate``, if any.
+    """
+
+    original_class: type
+    config: HybridConfig
+    generation: Generation
+    seeds: int
+    had_generate: Any
+    clock: LatencyClock = field(default_factory=LatencyClock)
+    stats: RolloutStats = field(default_factory=RolloutStats)
+    latency: LatencyReport | None = None
+    is_busy: bool = False
+
+    def next_seed(self) -> int:
+        """Advance the private counter; torch's generators are not touched."""
+        self.seeds += 1
+        return self.seeds
+
+
+class HybridEngine(SeedSurface, _Base):
+    """The class a wrapped engine gets, in front of its own.
+
+    ``isinstance(engine, deepspeed.DeepSpeedEngine)`` stays true and every reference
+    to the engine stays right; all state is one object in its ``__dict__``.
+    """
+
+    def rollout(
+        self,
+        prompts: Prompts,
+        sampling: SamplingParams | Sized[SamplingParams] | None = None,
+        *,
+        uids: Sized[int] | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> RolloutOutput:
+        """Sample completions of ragged prompts from the weights being trained.
+
+        With ZeRO-3 every rank must call this together; an empty list is allowed.
+        Torch's generators and the training state are not touched.
+
+        Args:
+            prompts: Lists of token ids; or a [B, T] integer tensor whose columns
+                are all tokens unless ``attention_mask`` says otherwise.
+            sampling: For all prompts, or one each; None is SamplingParams().
+            uids: Identity of each prompt's noise, distinct 64-bit integers. With
+                them the tokens don't depend on rank or world size.
+            attention_mask: [B, T], 1 on real tokens; only with a tensor.
+
+        Returns:
+            n completions a prompt, adjacent, in input order.
+
+        Raises:
+            ConfigError: An argument is refused; nothing has run.
+            CacheExhaustedError: A sequence can't fit the cache.
+            NonFiniteLogitsError: The model gave NaN or infinite logits.
+            RankFailureError: Another rank failed.
+        """
+        state = _state(self)
+        with _Call(self, state) as call:
+            sequences = build_sequences(
+                prompts,
+                sampling if sampling is not None else SamplingParams(),
+                _limits(self, state),
+                seed=call.seed,
+                uids=uids,
+                attention_mask=attention_mask,
+            )
+            state.generation.run(sequences, call.collective, call.stats)
+            call.count(sequences)
+        done = completions(sequences, state.generation.tokenizer)
+        return RolloutOutput(completions=done, stats=call.stats)
+
+    def generate(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Generate with Hugging Face's contract, whatever the ZeRO stage.
+
+        Greedy decoding gives HF's tokens, sampling HF's processed distributions;
+        ``do_sample`` takes one integer from torch's generator. What our loop does
+        not serve (beams, custom processors, streamers, ...) runs HF's own decoding
+        over whole weights, announced once.
+
+        Args:
+            inputs: As ``GenerationMixin.generate`` takes them.
+            kwargs: The same.
+
+        Returns:
+            [B * num_return_sequences, T + new] token ids, or a ModelOutput when
+            ``return_dict_in_generate``.
+
+        Raises:
+            ValueError: HF refuses an argument, by name.
+            ConfigError: The lengths exceed the model's or the cache's limit.
+            RankFailureError: Another rank failed.
+        """
+        state = _state(self)
+        generation = state.generation
+        module: nn.Module = self.module
+        own = state.had_generate
+        original = own if own is not None else type(module).generate.__get__(module)
+
+        with _Call(self, state) as call:
+
+            def native(
+                input_ids: torch.Tensor, mask: torch.Tensor | None, params: SamplingParams
+            ) -> list[list[int]]:
+                sequences = build_sequences(
+                    input_ids,
+                    params,
+                    _limits(self, state),
+                    seed=0,
+                    attention_mask=mask,
+                )
+                generation.run(sequences, call.collective, call.stats)
+                call.count(sequences)
+                return [sequence.output for sequence in sequences]
+
+            def fallback(reason: str, decode: Any) -> Any:
+                return generation.run_hf_decoding(reason, decode, call.collective, call.stats)
+
+            return serve_generate(original, inputs, kwargs, native, fallback)
+
+    @property
+    def stats(self) -> RolloutStats:
+        """Figures of the latest rollout or generate call."""
+        return _state(self).stats
+
+    @property
+    def hybrid_config(self) -> HybridConfig:
+        """The settings in force."""
+        return _state(self).config
+
+    def eval(self) -> Any:
+        """Switch to evaluation; logs DeepSpeed's latency report of the last cycle.
+
+        Returns:
+            What the base engine's ``eval`` returns.
+        """
+        state = _state(self)
+        state.latency = state.clock.on_eval() or state.latency
+        if state.latency is not None and _rank() == 0:
+            logger.info("%s", state.latency.line())
+        return super().eval()
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training; gives the cache back if ``release_inference_cache``.
+
+        Returns:
+            What the base engine's ``train`` returns.
+        """
+        state = _state(self)
+        if mode:
+            state.clock.on_train()
+            if state.config.release_inference_cache:
+                state.generation.release()
+        return super().train(mode)
+
+    def step(self, lr_kwargs: Any = None) -> Any:
+        """Take an optimizer step; the next rollout uses the new weights.
+
+        Returns:
+            What the base engine's ``step`` returns.
+        """
+        result = super().step(lr_kwargs=lr_kwargs)
+        _state(self).clock.on_step()
+        return result
+
+
+def wrap(
+    engine: Any,
+    *,
+    config: HybridConfig | Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> HybridEngine:
+    """Give a DeepSpeed engine serving-class generation, in place.
+
+    With ZeRO-3 on several ranks every rank must call this together (a process
+    group for error reports is made).
+
+    Args:
+        engine: What ``deepspeed.initialize`` returned, ZeRO stage 0 to 3.
+        config: Settings over the ``hybrid_engine`` block of the engine's JSON.
+        tokenizer: For stop strings and decoded text.
+
+    Returns:
+        The same object.
+
+    Raises:
+        EngineStateError: Not a DeepSpeed engine, or wrapped already, or
+            DeepSpeed's own hybrid engine.
+        ConfigError: A setting is refused.
+        UnsupportedModelError: The model can't generate.
+    """
+    _check_engine(engine)
+    raw = getattr(engine._config, "_param_dict", None) or {}
+    resolved = resolve(config, raw.get("hybrid_engine") or {})
+    module: nn.Module = engine.module
+    causal_model(module)
+    source = WeightSource(
+        engine,
+        layers_per_bucket=resolved.tp_gather_partition_size,
+        timeout_s=resolved.sync_timeout_s,
+    )
+    original_class = type(engine)
+    engine.__dict__[_STATE] = EngineState(
+        original_class=original_class,
+        config=resolved,
+        generation=Generation(module, source, resolved, tokenizer),
+        seeds=_first_seed(),
+        had_generate=module.__dict__.get("generate"),
+    )
+    engine.__class__ = type(f"Hybrid{original_class.__name__}", (HybridEngine, original_class), {})
+    _ENGINES[id(module)] = engine
+    module.__dict__["generate"] = ServedGenerate(module)
+    wrapped: HybridEngine = engine
+    return wrapped
+
+
+def unwrap(engine: Any) -> Any:
+    """Undo :func:`wrap` exactly: class, state and the module's generate.
+
+    Returns:
+        The same object, a plain DeepSpeed engine again.
+
+    Raises:
+        EngineStateError: The engine is not wrapped.
+    """
+    state = _state(engine)
+    module: nn.Module = engine.module
+    _ENGINES.pop(id(module), None)
+    module.__dict__.pop("generate", None)
+    if state.had_generate is not None:
+        module.__dict__["generate"] = state.had_generate
+    engine.__class__ = state.original_class
+    del engine.__dict__[_STATE]
+    return engine
+
+
+class ServedGenerate:
+    """The wrapped module's ``generate``: its engine's, as long as there is one.
+
+    Copying or pickling the module copies this with it, bound to the copy; the copy
+    is not registered, so it runs HF's generate with its own weights.
+
+    Args:
+        module: Whose generate this is.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Serve through the engine if this very module is wrapped, else as HF does."""
+        engine = _ENGINES.get(id(self.module))
+        if engine is not None and engine.module is self.module:
+            return engine.generate(*inputs, **kwargs)
+        return type(self.module).generate(self.module, *inputs, **kwargs)  # type: ignore[attr-defined]
+
+
+class _Call:
+    """One rollout or generate call: times it, forbids nesting, meets the other ranks."""
+
+    def __init__(self, engine: Any, state: EngineState) -> None:
+        if state.is_busy:
+            raise EngineStateError(
+                explain(
+                    "Calls of one engine don't nest",
+                    expected="no rollout or generate under way",
+                    got="a call from inside another (or from a second thread)",
+                    hint="Wait until the first has returned.",
+                )
+            )
+        self._state = state
+        self._samples = 0
+        self.stats = RolloutStats()
+        self.seed = state.next_seed()
+        self.collective = CollectiveCall(state.generation.source.agreement)
+
+    def __enter__(self) -> _Call:
+        self._state.is_busy = True
+        self._start = time.perf_counter()
+        self.collective.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        state = self._state
+        state.is_busy = False
+        try:
+            self.collective.__exit__(*error)
+        finally:
+            if state.config.release_inference_cache:
+                state.generation.release()
+            self.stats.total_s = time.perf_counter() - self._start
+            state.stats = self.stats
+            state.clock.on_call(self.stats, self._samples * _world_size())
+
+    def count(self, sequences: Sized[Any]) -> None:
+        """Count the call's tokens."""
+        self._samples = len(sequences)
+        firsts = {s.prompt_index: len(s.prompt) for s in sequences}
+        self.stats.prompt_tokens = sum(firsts.values())
+        self.stats.completion_tokens = sum(len(s.output) for s in sequences)
+
+
+def _state(engine: Any) -> EngineState:
+    state: EngineState | None = engine.__dict__.get(_STATE)
+    if state is None:
+        raise EngineStateError(
+            explain(
+                "The engine is not wrapped",
+                expected="an engine that tritonhybrid.wrap has upgraded",
+                got=type(engine).__name__,
+                hint="Call tritonhybrid.wrap(engine) first.",
+            )
+        )
+    return state
+
+
+def _check_engine(engine: Any) -> None:
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise EngineStateError(
+            explain(
+                "wrap takes a DeepSpeed engine",
+                expected="what deepspeed.initialize returned first",
+                got=type(engine).__name__,
+                hint="Call deepspeed.initialize(model=...) and wrap its engine.",
+            )
+        )
+    if _STATE in engine.__dict__:
+        raise EngineStateError(
+            explain(
+                "An engine is wrapped once",
+                expected="an engine that is not wrapped yet",
+                got="a wrapped one",
+                hint="Use it as it is, or unwrap it first.",
+            )
+        )
+    if any(cls.__name__ == "DeepSpeedHybridEngine" for cls in type(engine).__mro__):
+        raise EngineStateError(
+            explain(
+                "wrap is the switch, not hybrid_engine.enabled",
+                expected="a plain DeepSpeed engine",
+                got="DeepSpeed's own hybrid engine",
+                hint='Remove "enabled": true from the hybrid_engine block.',
+            )
+        )
+
+
+def _limits(engine: Any, state: EngineState) -> Limits:
+    model = causal_model(engine.module)
+    config = model.config.get_text_config(decoder=True)
+    limit, name = getattr(config, "max_position_embeddings", None), "max_position_embeddings"
+    asked = state.config.max_out_tokens
+    if asked is not None and (limit is None or asked < limit):
+        limit, name = asked, "max_out_tokens"
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    return Limits(
+        vocab_size=int(config.vocab_size),
+        max_length=limit,
+        max_length_name=name,
+        eos_token_ids=ends,
+        rank=_rank(),
+        has_tokenizer=state.generation.tokenizer is not None,
+    )
+
+
+def _first_seed() -> int:
+    """Start of the private seed counter: rank 0's initial seed, on every rank."""
+    seed = torch.initial_seed() & (2**62 - 1)
+    if _world_size() > 1:
+        shared = [seed]
+        dist.broadcast_object_list(shared, src=0)
+        seed = shared[0]
+    return seed
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+

@@ -1,0 +1,307 @@
+"""The loop: schedule, execute, record, until every sequence has ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Sized
+from typing import Any
+
+import torch
+from torch import nn
+from tritonhybrid_kernels.launch import is_interpreted
+from tritonhybrid_kernels.ops import Ops, select_ops
+
+from tritonhybrid.block_manager import BlockManager
+from tritonhybrid.config import HybridConfig
+from tritonhybrid.containers.binding import Binding
+from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts
+from tritonhybrid.containers.plan import count_paths, fingerprint, plan_layers, unsuited
+from tritonhybrid.containers.probe import Verdict, probe
+from tritonhybrid.errors import CacheExhaustedError, explain
+from tritonhybrid.hf_loop import run_hf_loop
+from tritonhybrid.kv_cache import LayerGeometry, PagedKVCache, bytes_per_block
+from tritonhybrid.runner import Runner
+from tritonhybrid.scheduler import Scheduler
+from tritonhybrid.sequence import Sequence
+from tritonhybrid.stats import RolloutStats
+from tritonhybrid.weights.agreement import CollectiveCall
+from tritonhybrid.weights.source import WeightSource
+
+logger = logging.getLogger("tritonhybrid")
+
+DEFAULT_BLOCK_SIZE = 64
+
+
+class Generation:
+    """Serves sequences from one module's weights, call after call.
+
+    Keeps what outlives a call: the cache, the probe's verdicts, the operations.
+
+    Args:
+        module: The module DeepSpeed trains.
+        source: Makes its parameters whole.
+        config: Settings.
+        tokenizer: For stop strings and text; may be None.
+    """
+
+    def __init__(
+        self, module: nn.Module, source: WeightSource, config: HybridConfig, tokenizer: Any
+    ) -> None:
+        self.module = module
+        self.source = source
+        self.config = config
+        self.tokenizer = tokenizer
+        self.cache: PagedKVCache | None = None
+        self.blocks: BlockManager | None = None
+        self._verdicts: dict[Hashable, Verdict] = {}
+        self._ops: dict[str, Ops] = {}
+        self._announced: set[str] = set()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.module.parameters()).device
+
+    def ops(self) -> Ops:
+        """The operations of this call's device."""
+        backend = self.config.backend
+        if backend == "auto":
+            is_triton = self.device.type == "cuda" or is_interpreted()
+            backend = "triton" if is_triton else "torch"
+        if backend not in self._ops:
+            torch_ops = frozenset(self.config.torch_ops)
+            self._ops[backend] = select_ops(backend, torch_ops)
+        return self._ops[backend]
+
+    def release(self) -> None:
+        """Give the cache and the arena back."""
+        self.cache = None
+        self.blocks = None
+        self.source.release()
+
+    def run(self, sequences: Sized[Sequence], call: CollectiveCall, stats: RolloutStats) -> None:
+        """Sample every sequence to its end; they are filled in place.
+
+        Args:
+            sequences: Checked already; may be empty where other ranks have some.
+            call: Every rank's call; started here.
+            stats: Filled in place.
+
+        Raises:
+            CacheExhaustedError: A sequence can't fit the cache.
+            NonFiniteLogitsError: The model gave NaN.
+            RankFailureError: Another rank failed.
+        """
+        call.start()
+        parts = find_parts(self.module)
+        with self.source.materialised(parts.layers if parts else ()) as weights:
+            stats.strategy = weights.strategy
+            stats.gather_s = weights.gather_s
+            stats.gather_bytes = weights.gather_bytes
+            stats.extra_weight_bytes = weights.extra_bytes
+            if weights.was_training and sequences:
+                self._announce(
+                    stats,
+                    "called in training mode: dropout is off and gradient checkpointing inert "
+                    "for the call; modes were put back",
+                )
+            if sequences:
+                self._serve(parts, sequences, stats)
+
+    def run_hf_decoding(
+        self, reason: str, decode: Callable[[], Any], call: CollectiveCall, stats: RolloutStats
+    ) -> Any:
+        """Run one of HF's own decodings over whole weights.
+
+        Args:
+            reason: What our loop doesn't serve.
+            decode: HF's decoding, arguments bound.
+            call: Every rank's call; started here.
+            stats: Filled in place.
+
+        Returns:
+            What ``decode`` returns.
+        """
+        call.start()
+        parts = find_parts(self.module)
+        with self.source.materialised(parts.layers if parts else ()) as weights:
+            stats.strategy, stats.gather_s = weights.strategy, weights.gather_s
+            stats.gather_bytes = weights.gather_bytes
+            stats.extra_weight_bytes = weights.extra_bytes
+            stats.path, stats.backend, stats.sampler = "hf", "torch", "hf"
+            self._announce(stats, f"HF's own decoding serves this call: {reason}")
+            return decode()
+
+    def _serve(
+        self, parts: ModelParts | None, sequences: Sized[Sequence], stats: RolloutStats
+    ) -> None:
+        max_length = max(sequence.max_length for sequence in sequences)
+        start = time.perf_counter()
+        verdict, reason = self._judge(parts, max_length)
+        stats.bind_s = time.perf_counter() - start
+        stats.backend = self.ops().backend
+        if parts is None or verdict is None or not verdict.is_native:
+            self._announce(stats, f"HF's own loop serves this model: {reason}")
+            stats.path, stats.sampler = "hf", "inverse_cdf"
+            stats.layer_paths = {f"hf: {reason}": len(parts.layers) if parts else 1}
+            run_hf_loop(causal_model(self.module), sequences, self.ops(), stats, self.finish_text)
+            return
+        for note in verdict.notes:
+            self._announce(stats, note)
+        stats.layer_paths = count_paths(list(verdict.plans))
+        self._serve_natively(parts, verdict, sequences, max_length, stats)
+
+    def _judge(self, parts: ModelParts | None, max_length: int) -> tuple[Verdict | None, str]:
+        """The probe's verdict on the model as it is now; asked once a structure."""
+        if parts is None:
+            return None, "it is not built around a list of decoder layers"
+        reason = unsuited(parts, max_length)
+        if reason is not None:
+            return None, reason
+        plans = plan_layers(parts)
+        ops = self.ops()
+        key = (fingerprint(parts, plans), ops.backend)
+        if key not in self._verdicts:
+            self._verdicts[key] = probe(parts, plans, ops)
+        verdict = self._verdicts[key]
+        return verdict, "; ".join(verdict.notes)
+
+    def _serve_natively(
+        self,
+        parts: ModelParts,
+        verdict: Verdict,
+        sequences: Sized[Sequence],
+        max_length: int,
+        stats: RolloutStats,
+    ) -> None:
+        start = time.perf_counter()
+        cache, blocks = self._cache_for(verdict.geometry, sequences)
+        stats.kv_bytes = cache.num_bytes
+        scheduler = Scheduler(
+            blocks,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+        )
+        binding = Binding(
+            parts,
+            verdict.plans,
+            self.ops(),
+            cache,
+            max_length=max_length,
+            returns_tuple=verdict.returns_tuple,
+        )
+        stats.path = "fused" if binding.is_fused else "generic"
+        try:
+            scheduler.add(sequences)
+            with binding:
+                runner = Runner(
+                    binding,
+                    cache,
+                    max_num_seqs=min(self.config.max_num_seqs, len(sequences)),
+                    max_blocks=blocks.blocks_for(max_length),
+                    device=self.device,
+                )
+                stats.bind_s += time.perf_counter() - start
+                self._loop(scheduler, runner, stats)
+        except BaseException:
+            # What a broken step left in the pages (NaN, perhaps) must not meet a later one.
+            self.cache = None
+            raise
+        finally:
+            scheduler.clear()
+            blocks.check_integrity([])
+            stats.preemptions = scheduler.preemptions
+
+    def _loop(self, scheduler: Scheduler, runner: Runner, stats: RolloutStats) -> None:
+        while scheduler.has_work:
+            start = time.perf_counter()
+            step = scheduler.schedule()
+            sequences, sampled = runner.execute(step)
+            for row, sequence in enumerate(sequences):
+                sequence.append(
+                    sampled.tokens[row], sampled.logprobs[row], sampled.raw_logprobs[row]
+                )
+                if sequence.params.stop:
+                    self.finish_text(sequence)
+            stats.peak_blocks = max(stats.peak_blocks, scheduler.blocks.num_used)
+            scheduler.retire()
+            seconds = time.perf_counter() - start
+            if step.decode:
+                stats.decode_s += seconds
+                stats.num_decode_steps += 1
+            else:
+                stats.prefill_s += seconds
+                stats.num_prefill_steps += 1
+                stats.prefill_tokens += sum(len(g.leader) - 1 for g in step.prefill)
+        stats.sampler = "+".join(sorted(runner.sampler.used))
+
+    def finish_text(self, sequence: Sequence) -> None:
+        """End a sequence whose text holds a stop string; the text is cut before it."""
+        if not sequence.params.stop:
+            return
+        text: str = self.tokenizer.decode(sequence.output, skip_special_tokens=True)
+        found = [at for stop in sequence.params.stop if (at := text.find(stop)) >= 0]
+        if found:
+            sequence.finish_reason = "stop"
+            sequence.text = text[: min(found)]
+
+    def _cache_for(
+        self, geometry: Sized[LayerGeometry], sequences: Sized[Sequence]
+    ) -> tuple[PagedKVCache, BlockManager]:
+        """The kept cache if it is large enough, else a new one within the budget."""
+        size = self.config.block_size
+        block_size = DEFAULT_BLOCK_SIZE if size == "auto" else size
+        dtype = causal_model(self.module).dtype
+        per_block = bytes_per_block(geometry, block_size, dtype)
+        budget = self.config.kv_cache_bytes
+        if budget == "auto":
+            budget = _free_bytes(self.device) // 2
+        most = budget // per_block
+        if most < 1:
+            raise CacheExhaustedError(
+                explain(
+                    "The key-value cache needs at least one page",
+                    expected=f"kv_cache_bytes >= {per_block}",
+                    got=budget,
+                    hint="Raise kv_cache_bytes or lower block_size.",
+                )
+            )
+        wanted = min(most, _blocks_wanted(sequences, block_size, self.config.max_num_seqs))
+        if self.cache is None or not self.cache.fits(geometry, wanted, block_size):
+            self.cache = None
+            self.cache = PagedKVCache(geometry, wanted, block_size, dtype, self.device)
+            self.blocks = BlockManager(wanted, block_size)
+        assert self.blocks is not None
+        return self.cache, self.blocks
+
+    def _announce(self, stats: RolloutStats, text: str) -> None:
+        """Say a decision once in the log and always in the call's stats."""
+        stats.note(text)
+        if text not in self._announced:
+            self._announced.add(text)
+            logger.warning("tritonhybrid: %s", text)
+
+
+def _blocks_wanted(sequences: Sized[Sequence], block_size: int, max_num_seqs: int) -> int:
+    """Pages with which no sequence in flight ever waits: prompts shared, tails own."""
+    seen: set[int] = set()
+    needs = []
+    for sequence in sequences:
+        total = -(-sequence.max_length // block_size)
+        shared = len(sequence.prompt) // block_size
+        # One page more: the copy of a shared last page exists beside the original.
+        needs.append(total - shared + 1 if sequence.prompt_key in seen else total + 1)
+        seen.add(sequence.prompt_key)
+    needs.sort(reverse=True)
+    return sum(needs[:max_num_seqs])
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+

@@ -1,0 +1,218 @@
+"""``generate`` with Hugging Face's own contract over our loop.
+
+HF's ``generate`` does what it always does (argument checks, GenerationConfig,
+special tokens, expansion to num_return_sequences) and hands the decoding to us
+through its ``custom_generate`` door. What our loop doesn't serve goes back to HF's
+decoding, over whole weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tritonhybrid.errors import ConfigError, explain
+from tritonhybrid.sampling_params import SamplingParams
+
+# What the generation config alone says again, in words our sampler knows.
+_SERVED_PROCESSORS = (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+)
+_SERVED_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+_OWN_DECODING = ("streamer", "assistant_model", "custom_generate", "synced_gpus", "num_beams")
+_MODEL_KWARGS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "cache_position",
+    "cache_implementation",
+}
+
+NativeDecoding = Callable[[torch.Tensor, torch.Tensor | None, SamplingParams], list[list[int]]]
+Fallback = Callable[[str, Callable[[], Any]], Any]
+
+
+def serve_generate(
+    original: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    native: NativeDecoding,
+    fallback: Fallback,
+) -> Any:
+    """Serve one ``module.generate(*inputs, **kwargs)``.
+
+    Args:
+        original: The generate that the module has without us.
+        inputs: Positional arguments of generate.
+        kwargs: Keyword arguments of generate.
+        native: Samples left-padded ids [B, T] with mask and parameters; returns
+            each row's new tokens.
+        fallback: Runs HF's decoding over whole weights, given the reason.
+
+    Returns:
+        What HF's generate returns.
+    """
+    own = [name for name in _OWN_DECODING if kwargs.get(name) not in (None, 1, False)]
+    if own:
+        kwargs.setdefault("synced_gpus", False)
+        return fallback(", ".join(own), lambda: original(*inputs, **kwargs))
+    kwargs.pop("synced_gpus", None)
+
+    def decode(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        reason = _not_served(
+            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+        )
+        if reason is not None:
+            return fallback(
+                reason,
+                lambda: _hf_decoding(model, generation_config)(
+                    model,
+                    input_ids,
+                    logits_processor=logits_processor,
+                    stopping_criteria=stopping_criteria,
+                    generation_config=generation_config,
+                    **model_kwargs,
+                ),
+            )
+        params = _sampling_params(input_ids, generation_config)
+        new = native(input_ids, model_kwargs.get("attention_mask"), params)
+        return _output(input_ids, new, generation_config)
+
+    return original(*inputs, **kwargs, custom_generate=decode)
+
+
+def _not_served(
+    input_ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> str | None:
+    """What our loop would have to leave out, by name; None if nothing."""
+    mode = config.get_generation_mode()
+    if mode not in ("greedy_search", "sample"):
+        return str(getattr(mode, "value", mode))
+    for processor in processors:
+        if type(processor) not in _SERVED_PROCESSORS:
+            return type(processor).__name__
+    for criterion in criteria:
+        if type(criterion) not in _SERVED_CRITERIA:
+            return type(criterion).__name__
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            return name
+    past = model_kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        return "past_key_values with content"
+    foreign = sorted(
+        name
+        for name, value in model_kwargs.items()
+        if value is not None and name not in _MODEL_KWARGS
+    )
+    if foreign:
+        return ", ".join(foreign)
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
+        return "an attention_mask that is not left-padded"
+    if mask is not None and bool((mask == 0).any()) and _or(config.repetition_penalty, 1.0) != 1:
+        return "a repetition penalty that counts padding as seen"
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and not _are_default(positions, mask):
+        return "position_ids of its own"
+    if input_ids.shape[1] == 0:
+        return "an empty prompt"
+    return None
+
+
+def _are_default(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    if mask is None:
+        ours = torch.arange(positions.shape[-1], device=positions.device).expand_as(positions)
+        return bool((positions == ours).all())
+    ours = mask.long().cumsum(-1) - 1
+    return bool(((positions == ours) | (mask == 0)).all())
+
+
+def _sampling_params(input_ids: torch.Tensor, config: GenerationConfig) -> SamplingParams:
+    """The generation config in our words; HF has checked and completed it."""
+    new = config.max_length - input_ids.shape[1]
+    if new < 1:
+        raise ConfigError(
+            explain(
+                "generate needs room for at least one new token",
+                expected="max_new_tokens >= 1",
+                got=f"max_length {config.max_length} with {input_ids.shape[1]} input tokens",
+                hint="Raise max_new_tokens.",
+            )
+        )
+    least = max(config.min_length or 0, 0) - input_ids.shape[1]
+    least = max(least, config.min_new_tokens or 0, 0)
+    sampled = bool(config.do_sample)
+    eos = config._eos_token_tensor
+    return SamplingParams(
+        max_new_tokens=new,
+        min_new_tokens=min(least, new),
+        temperature=_or(config.temperature, 1.0) if sampled else 0.0,
+        top_k=int(_or(config.top_k, 0)) if sampled else 0,
+        top_p=_or(config.top_p, 1.0) if sampled else 1.0,
+        min_p=_or(config.min_p, 0.0) if sampled else 0.0,
+        repetition_penalty=_or(config.repetition_penalty, 1.0),
+        # One draw from torch's generator: calls differ, torch.manual_seed repeats them.
+        seed=int(torch.randint(2**62, (1,))) if sampled else 0,
+        eos_token_id=[] if eos is None else [int(token) for token in eos.flatten()],
+        logprobs=False,
+    )
+
+
+def _output(
+    input_ids: torch.Tensor, new: list[list[int]], config: GenerationConfig
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """Input and new tokens, right-padded, in HF's shape."""
+    width = max(len(tokens) for tokens in new)
+    pad = config._pad_token_tensor
+    filler = int(pad) if pad is not None else 0
+    rows = [tokens + [filler] * (width - len(tokens)) for tokens in new]
+    tail = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
+    sequences = torch.cat([input_ids, tail], dim=1)
+    if config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences)
+    return sequences
+
+
+def _hf_decoding(model: Any, config: GenerationConfig) -> Callable[..., Any]:
+    beams = (config.num_beams or 1) > 1
+    decoding: Callable[..., Any] = type(model)._beam_search if beams else type(model)._sample
+    return decoding
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)

@@ -1,0 +1,40 @@
+"""What a rollout returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tritonhybrid.sequence import FinishReason
+from tritonhybrid.stats import RolloutStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled continuation of one prompt.
+
+    Args:
+        prompt_index: Which prompt of the call, in input order.
+        sample_index: Which of its n samples.
+        token_ids: Sampled tokens; the ending EOS or stop token is among them.
+        logprobs: Log-probability of each token under the distribution it was
+            sampled from (temperature and filters applied; raw when greedy).
+        raw_logprobs: The same under the unfiltered distribution at temperature 1.
+        finish_reason: "stop" (EOS, stop token or string) or "length".
+        text: Decoded completion, cut before a stop string; None without a tokenizer.
+    """
+
+    prompt_index: int
+    sample_index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    raw_logprobs: list[float]
+    finish_reason: FinishReason
+    text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOutput:
+    """All completions of a call: n per prompt, adjacent, in input order."""
+
+    completions: list[Completion]
+    stats: RolloutStats

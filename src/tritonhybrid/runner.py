@@ -1,0 +1,69 @@
+"""Carries out the scheduler's steps: batch, forward, sample."""
+
+from __future__ import annotations
+
+import torch
+
+from tritonhybrid.batch import DecodeBuffers, prefill_batch
+from tritonhybrid.containers.binding import Binding
+from tritonhybrid.kv_cache import PagedKVCache
+from tritonhybrid.sampler import HeadCalls, Sampled, Sampler
+from tritonhybrid.scheduler import Step
+from tritonhybrid.sequence import Sequence
+
+
+class Runner:
+    """One step in, one token a sequence out.
+
+    Args:
+        binding: The bound model.
+        cache: Keys and values.
+        max_num_seqs: Most rows of a decode step.
+        max_blocks: Most pages of a sequence.
+        device: Where the model computes.
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        cache: PagedKVCache,
+        *,
+        max_num_seqs: int,
+        max_blocks: int,
+        device: torch.device,
+    ) -> None:
+        self._binding = binding
+        self._cache = cache
+        self._device = device
+        self._buffers = DecodeBuffers(max_num_seqs, max_blocks, cache.block_size, device)
+        head = binding.head
+        self.sampler = Sampler(
+            binding.step.ops,
+            HeadCalls(
+                logits=head.logits,
+                weight=head.projection.weight,
+                bias=head.projection.bias,
+                scale=head.scale,
+                softcap=head.softcap,
+            ),
+            device,
+        )
+
+    def execute(self, step: Step) -> tuple[list[Sequence], Sampled]:
+        """Run a step.
+
+        Returns:
+            The sequences that get a token, and the tokens.
+        """
+        if step.decode:
+            self._cache.copy_blocks(step.copies)
+            hidden = self._binding.forward(self._buffers.fill(step.decode))
+            return step.decode, self.sampler.sample(hidden, step.decode)
+        batch = prefill_batch(step.prefill, self._cache.block_size, self._device)
+        hidden = self._binding.forward(batch)[batch.last_rows]
+        sequences = [member for group in step.prefill for member in group.members]
+        rows = None
+        if len(sequences) > len(step.prefill):
+            owners = [i for i, group in enumerate(step.prefill) for _ in group.members]
+            rows = torch.tensor(owners, device=self._device)
+        return sequences, self.sampler.sample(hidden, sequences, rows)

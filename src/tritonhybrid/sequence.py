@@ -1,0 +1,77 @@
+"""One sequence of a rollout: its tokens, its pages and how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tritonhybrid.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence:
+    """A prompt and the tokens sampled for it so far.
+
+    Args:
+        prompt_index: Which prompt of the call, in input order.
+        sample_index: Which of the prompt's n samples.
+        uid: 64-bit identity that the noise depends on.
+        key: 64-bit philox key, mixed from seed and sample index.
+        prompt: Prompt token ids.
+        prompt_key: Equal for sequences whose prompts are equal, so that one
+            prefill can serve them.
+        params: Sampling settings.
+        end_ids: Token ids that end the sequence with reason "stop".
+    """
+
+    prompt_index: int
+    sample_index: int
+    uid: int
+    key: int
+    prompt: tuple[int, ...]
+    prompt_key: int
+    params: SamplingParams
+    end_ids: frozenset[int]
+    output: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    text: str | None = None
+
+    def __len__(self) -> int:
+        """Tokens so far, prompt and output."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output in one list."""
+        return [*self.prompt, *self.output]
+
+    @property
+    def last_token(self) -> int:
+        """The newest token: sampled, not yet in the cache."""
+        return self.output[-1] if self.output else self.prompt[-1]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens when it has sampled all it may."""
+        return len(self.prompt) + self.params.max_new_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will be sampled."""
+        return self.finish_reason is not None
+
+    def append(self, token: int, logprob: float, raw_logprob: float) -> None:
+        """Take one sampled token and notice whether it was the last."""
+        self.output.append(token)
+        if self.params.logprobs:
+            self.logprobs.append(logprob)
+            self.raw_logprobs.append(raw_logprob)
+        if token in self.end_ids:
+            self.finish_reason = "stop"
+        elif len(self.output) >= self.params.max_new_tokens:
+            self.finish_reason = "length"

@@ -1,0 +1,98 @@
+"""Where the time and the bytes of a call went, and which path served it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class RolloutStats:
+    """Figures of one ``rollout`` or ``generate`` call; seconds, tokens, bytes.
+
+    Args:
+        path: "fused" (every layer in our containers), "generic" (at least one layer
+            in HF's own code over our attention and cache) or "hf" (HF's loop).
+        layer_paths: Layers per path and reason.
+        backend: "torch" or "triton".
+        sampler: Which sampler drew the tokens.
+        strategy: How the weights were made whole: resident, pinned or foreign.
+        gather_s: Seconds spent gathering weights (ZeRO-3).
+        gather_bytes: Bytes gathered.
+        bind_s: Seconds spent binding containers, probing included.
+        prefill_s: Seconds in prompt steps.
+        decode_s: Seconds in decode steps.
+        total_s: Seconds of the whole call.
+        prompt_tokens: Prompt tokens asked for, counted once a prompt.
+        prefill_tokens: Prompt tokens computed (sharing makes it smaller than n times).
+        completion_tokens: Tokens returned.
+        num_prefill_steps: Prompt steps.
+        num_decode_steps: Decode steps.
+        preemptions: Sequences set back and recomputed for want of pages.
+        peak_blocks: Most cache pages in use at once.
+        kv_bytes: Size of the key-value cache.
+        extra_weight_bytes: Weight bytes allocated beyond the training copy.
+        notes: Announced decisions, in words.
+    """
+
+    path: str = ""
+    layer_paths: dict[str, int] = field(default_factory=dict)
+    backend: str = ""
+    sampler: str = ""
+    strategy: str = ""
+    gather_s: float = 0.0
+    gather_bytes: int = 0
+    bind_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    total_s: float = 0.0
+    prompt_tokens: int = 0
+    prefill_tokens: int = 0
+    completion_tokens: int = 0
+    num_prefill_steps: int = 0
+    num_decode_steps: int = 0
+    preemptions: int = 0
+    peak_blocks: int = 0
+    kv_bytes: int = 0
+    extra_weight_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Returned tokens per second of the whole call."""
+        return self.completion_tokens / self.total_s if self.total_s > 0 else 0.0
+
+    def note(self, text: str) -> None:
+        """Write a decision down once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@dataclass(kw_only=True)
+class LatencyReport:
+    """DeepSpeed's hybrid-engine report: seconds of one eval-to-eval cycle."""
+
+    e2e_s: float
+    gather_s: float
+    generate_s: float
+    training_s: float
+    samples: int | None
+    mean_e2e_s: float
+
+    @property
+    def others_s(self) -> float:
+        """Seconds neither generating nor training."""
+        return self.e2e_s - (self.gather_s + self.generate_s + self.training_s)
+
+    def line(self) -> str:
+        """The report as one log line, in DeepSpeed's order."""
+
+        def part(name: str, seconds: float) -> str:
+            return f"|{name}={seconds:.2f}s ({100 * seconds / max(self.e2e_s, 1e-9):.2f}%) "
+
+        text = f"|E2E latency={self.e2e_s:.2f}s " + part("Gather latency", self.gather_s)
+        text += part("Generate time", self.generate_s) + part("Training time", self.training_s)
+        text += part("Others", self.others_s)
+        if self.samples is not None:
+            text += f"|CurSamplesPerSec={self.samples / max(self.e2e_s, 1e-9):.2f} "
+            text += f"|AvgSamplesPerSec={self.samples / max(self.mean_e2e_s, 1e-9):.2f}"
+        return text.rstrip()

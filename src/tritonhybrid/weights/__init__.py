@@ -1,0 +1,1 @@
+"""Whole weights for the length of a rollout, training state untouched."""
