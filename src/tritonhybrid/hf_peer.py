@@ -11,6 +11,7 @@ import torch
 
 from tritonhybrid.errors import ConfigError, explain
 from tritonhybrid.sampling_params import SamplingParams
+from tritonhybrid.weights.source import WeightSource
 
 
 @dataclass(kw_only=True)
@@ -54,7 +55,8 @@ class HfPeer:
         Args:
             engine: The wrapped engine; its module has this peer's architecture.
         """
-        with engine.materialized(), torch.no_grad():
+        source = WeightSource(engine, layers_per_bucket=8, timeout_s=1800.0)
+        with source.materialised():
             self.model.load_state_dict(engine.module.state_dict())
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[int]]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from tritonhybrid.weights.agreement import RankAgreement
 from tritonhybrid.weights.arena import Arena, full_shape
-from tritonhybrid.weights.hooks import deepspeed_hooks_aside, eval_mode
+from tritonhybrid.weights.hooks import deepspeed_hooks_aside, eval_mode, plain_linear
 
 Strategy = Literal["resident", "pinned", "foreign"]
 
@@ -98,6 +98,7 @@ class WeightSource:
         with (
             deepspeed_hooks_aside(self._module),
             eval_mode(self._module) as was_training,
+            plain_linear(),
             torch.no_grad(),
         ):
             if strategy != "pinned":
