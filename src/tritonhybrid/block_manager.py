@@ -43,6 +43,11 @@ class BlockManager:
         """Pages that at least one table owns."""
         return self.num_blocks - len(self._free)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that all pages hold together."""
+        return self.num_blocks * self.block_size
+
     def blocks_for(self, num_tokens: int) -> int:
         """Pages that hold this many tokens."""
         return -(-num_tokens // self.block_size)

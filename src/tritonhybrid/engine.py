@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Mapping
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import deepspeed
 import torch
@@ -30,9 +30,11 @@ from tritonhybrid.weights.agreement import CollectiveCall
 from tritonhybrid.weights.source import WeightSource
 
 if TYPE_CHECKING:
-    _Base = deepspeed.DeepSpeedEngine
+    # The class that wrap puts in front of the engine's own; deepspeed is untyped.
+    class _Base(SeedSurface, deepspeed.DeepSpeedEngine):  # type: ignore[misc]
+        pass
 else:
-    _Base = object
+    _Base = SeedSurface
 
 logger = logging.getLogger("tritonhybrid")
 
@@ -70,7 +72,7 @@ class EngineState:
         return self.seeds
 
 
-class HybridEngine(SeedSurface, _Base):
+class HybridEngine(_Base):
     """The class a wrapped engine gets, in front of its own.
 
     ``isinstance(engine, deepspeed.DeepSpeedEngine)`` stays true and every reference
@@ -147,7 +149,7 @@ class HybridEngine(SeedSurface, _Base):
         generation = state.generation
         module: nn.Module = self.module
         own = state.had_generate
-        original = own if own is not None else type(module).generate.__get__(module)
+        original = own if own is not None else cast("Any", type(module)).generate.__get__(module)
 
         with _Call(self, state) as call:
 
@@ -431,5 +433,3 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-

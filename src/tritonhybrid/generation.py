@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tritonhybrid_kernels.launch import is_interpreted
-from tritonhybrid_kernels.ops import Ops, select_ops
 
 from tritonhybrid.block_manager import BlockManager
 from tritonhybrid.config import HybridConfig
@@ -29,6 +27,8 @@ from tritonhybrid.sequence import Sequence
 from tritonhybrid.stats import RolloutStats
 from tritonhybrid.weights.agreement import CollectiveCall
 from tritonhybrid.weights.source import WeightSource
+from tritonhybrid_kernels.launch import is_interpreted
+from tritonhybrid_kernels.ops import Ops, select_ops
 
 logger = logging.getLogger("tritonhybrid")
 
@@ -303,5 +303,3 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-

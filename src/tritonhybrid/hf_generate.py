@@ -9,14 +9,11 @@ decoding, over whole weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
-    MaxLengthCriteria,
+from transformers.generation.logits_process import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -25,6 +22,8 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from tritonhybrid.errors import ConfigError, explain
 from tritonhybrid.sampling_params import SamplingParams
@@ -204,7 +203,7 @@ def _output(
     tail = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
     sequences = torch.cat([input_ids, tail], dim=1)
     if config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)
+        return GenerateDecoderOnlyOutput(sequences=cast("torch.LongTensor", sequences))
     return sequences
 
 

@@ -19,11 +19,11 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from tritonhybrid_kernels.ops import Ops
 
 from tritonhybrid.sampler import HeadCalls, Sampler
 from tritonhybrid.sequence import Sequence
 from tritonhybrid.stats import RolloutStats
+from tritonhybrid_kernels.ops import Ops
 
 _BATCH = 64
 
@@ -85,7 +85,8 @@ def _run_batch(
         )
 
     with torch.no_grad():
-        type(model).generate(
+        generate: Any = type(model).generate  # type: ignore[attr-defined]
+        generate(
             model,
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),

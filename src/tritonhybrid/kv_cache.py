@@ -65,9 +65,7 @@ class PagedKVCache:
         """Bytes of all layers."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def fits(
-        self, geometry: Sequence[LayerGeometry], num_blocks: int, block_size: int
-    ) -> bool:
+    def fits(self, geometry: Sequence[LayerGeometry], num_blocks: int, block_size: int) -> bool:
         """Whether this cache serves a call of that shape."""
         return (
             self.geometry == tuple(geometry)
@@ -86,8 +84,6 @@ class PagedKVCache:
             pages[targets] = pages[sources]
 
 
-def bytes_per_block(
-    geometry: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype
-) -> int:
+def bytes_per_block(geometry: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page across all layers: sum over layers of K * (E + E') * S * itemsize."""
     return sum(g.numel for g in geometry) * block_size * dtype.itemsize

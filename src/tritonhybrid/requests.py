@@ -15,7 +15,7 @@ from tritonhybrid.rollout_output import Completion
 from tritonhybrid.sampling_params import SamplingParams
 from tritonhybrid.sequence import Sequence
 
-Prompts = Sized[Sized[int]] | torch.Tensor
+Prompts = Sized[Sized[int]] | Sized[torch.Tensor] | torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def completions(sequences: Iterable[Sequence], tokenizer: Any) -> list[Completio
     return results
 
 
-def _ragged(prompts: Prompts, attention_mask: torch.Tensor | None) -> list[tuple[int, ...]]:
+def _ragged(prompts: Any, attention_mask: torch.Tensor | None) -> list[tuple[int, ...]]:
     if isinstance(prompts, torch.Tensor):
         if prompts.dim() != 2 or prompts.is_floating_point():
             raise _refusal(
@@ -158,9 +158,7 @@ def _ragged(prompts: Prompts, attention_mask: torch.Tensor | None) -> list[tuple
     return [tuple(p.tolist() if isinstance(p, torch.Tensor) else p) for p in prompts]
 
 
-def _one_each(
-    sampling: SamplingParams | Sized[SamplingParams], count: int
-) -> list[SamplingParams]:
+def _one_each(sampling: SamplingParams | Sized[SamplingParams], count: int) -> list[SamplingParams]:
     if isinstance(sampling, SamplingParams):
         return [sampling] * count
     if (

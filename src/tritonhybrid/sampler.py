@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from tritonhybrid_kernels.ops import Ops
 
 from tritonhybrid.errors import NonFiniteLogitsError
 from tritonhybrid.sampling_params import SamplingParams
 from tritonhybrid.sequence import Sequence
+from tritonhybrid_kernels.ops import Ops
 
 _MASKED = -math.inf
 
@@ -126,7 +127,9 @@ class Sampler:
         self._rows = list(sequences)
         params = [s.params for s in sequences]
 
-        def column(values: list[float] | list[int] | list[bool], dtype: torch.dtype) -> torch.Tensor:
+        def column(
+            values: list[float] | list[int] | list[bool], dtype: torch.dtype
+        ) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=self._device)
 
         self._keys = column([s.key for s in sequences], torch.int64)

@@ -72,7 +72,7 @@ class Scheduler:
                 raise CacheExhaustedError(
                     explain(
                         "A sequence must fit the key-value cache",
-                        expected=f"at most {self.blocks.num_blocks * self.blocks.block_size} tokens",
+                        expected=f"at most {self.blocks.capacity} tokens",
                         got=f"prompt {len(sequence.prompt)} + max_new_tokens "
                         f"{sequence.params.max_new_tokens} (prompt {sequence.prompt_index})",
                         hint="Raise kv_cache_bytes, or lower max_new_tokens.",
@@ -177,6 +177,4 @@ class Scheduler:
 
 def _continues(leader: Sequence, sequence: Sequence) -> bool:
     """Whether both have the same history, so that one prefill serves both."""
-    return (
-        sequence.prompt_key == leader.prompt_key and not sequence.output and not leader.output
-    )
+    return sequence.prompt_key == leader.prompt_key and not sequence.output and not leader.output

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from tritonhybrid_kernels.ops import Ops
 
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.fused import FusedLayer, RopeTable
@@ -19,6 +18,7 @@ from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan
 from tritonhybrid.containers.projection import is_plain
 from tritonhybrid.kv_cache import PagedKVCache
+from tritonhybrid_kernels.ops import Ops
 
 
 class Binding:
@@ -135,7 +135,7 @@ class Binding:
         if norm is not None and is_plain(norm) and type(norm).__name__.endswith("RMSNorm"):
             description = self.plans[0].description
             assert description is not None
-            weight = norm.weight.detach()
+            weight = cast("torch.Tensor", norm.weight).detach()
             eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
             offset = description.norm_weight_offset
             ops = self._ops
@@ -159,12 +159,11 @@ class Binding:
                         self._patches.set(module, BATCH_KWARG, self.step)
 
     def _rope_table(self) -> RopeTable:
-        rotary = self.parts.rotary
+        rotary: Any = self.parts.rotary
         assert rotary is not None, "a described layer rotates by the model's rotary module"
-        weight = self.parts.head.weight
-        assert isinstance(weight, torch.Tensor)
-        positions = torch.arange(self._max_length, device=weight.device).unsqueeze(0)
-        probe = torch.empty(1, 1, 1, dtype=self._cache.keys[0].dtype, device=weight.device)
+        device = self.parts.device
+        positions = torch.arange(self._max_length, device=device).unsqueeze(0)
+        probe = torch.empty(1, 1, 1, dtype=self._cache.keys[0].dtype, device=device)
         cos, sin = rotary(probe, position_ids=positions)
         return RopeTable(cos[0].contiguous(), sin[0].contiguous())
 

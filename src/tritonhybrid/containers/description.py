@@ -164,9 +164,7 @@ def norm_eps(owner: nn.Module, path: str) -> float:
     return float(eps)
 
 
-def _require_children(
-    module: nn.Module, name: str, required: set[str], optional: set[str]
-) -> None:
+def _require_children(module: nn.Module, name: str, required: set[str], optional: set[str]) -> None:
     found = {child for child, _ in module.named_children()}
     if not required <= found or found - required - optional:
         raise NotDescribableError(f"{name} has submodules {sorted(found)}")

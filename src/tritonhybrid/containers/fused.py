@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
-from tritonhybrid_kernels.ops import Ops
 
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.description import LayerDescription
 from tritonhybrid.containers.projection import Projection, is_plain
 from tritonhybrid.kv_cache import PagedKVCache
+from tritonhybrid_kernels.ops import Ops
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,7 @@ class FusedLayer:
             return out
         return q(y).contiguous(), k(y).contiguous(), v(y).contiguous()
 
-    def _add(
-        self, projection: Projection, y: torch.Tensor, residual: torch.Tensor
-    ) -> torch.Tensor:
+    def _add(self, projection: Projection, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         if projection.is_raw:
             out: torch.Tensor = self.ops.linear(
                 y, projection.weight, projection.bias, residual=residual
@@ -216,7 +215,7 @@ def _weight(layer: nn.Module, path: str) -> torch.Tensor:
     return weight.detach()
 
 
-_ACTIVATION = {
+_ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),

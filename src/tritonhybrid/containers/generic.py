@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from tritonhybrid_kernels.ops import Ops
 
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.fused import attend
 from tritonhybrid.kv_cache import PagedKVCache
+from tritonhybrid_kernels.ops import Ops
 
 ATTENTION_NAME = "tritonhybrid_paged"
 BATCH_KWARG = "paged_step"

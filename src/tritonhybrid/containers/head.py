@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tritonhybrid_kernels.ops import Ops
 
 from tritonhybrid.containers.parts import ModelParts
 from tritonhybrid.containers.projection import Projection
+from tritonhybrid_kernels.ops import Ops
 
 
 class Head:
@@ -47,4 +47,3 @@ class Head:
         if self.softcap is not None:
             z = torch.tanh(z / self.softcap) * self.softcap
         return z.float()
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -41,10 +42,11 @@ class ModelParts:
         return int(self.config.vocab_size)
 
     @property
-    def max_length(self) -> int | None:
-        """Positions the model was made for, if it says so."""
-        limit = getattr(self.config, "max_position_embeddings", None)
-        return int(limit) if isinstance(limit, int) else None
+    def device(self) -> torch.device:
+        """Where the head, and so the sampling, is."""
+        weight = self.head.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.device
 
 
 def causal_model(module: nn.Module) -> PreTrainedModel:
@@ -53,7 +55,8 @@ def causal_model(module: nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: It is no Hugging Face model, or one that can't generate.
     """
-    model: Any = module.get_base_model() if hasattr(module, "get_base_model") else module
+    wrapper: Any = module
+    model = wrapper.get_base_model() if hasattr(module, "get_base_model") else module
     if not isinstance(model, PreTrainedModel):
         raise _unsupported("a transformers PreTrainedModel", type(model).__name__)
     if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():

@@ -90,7 +90,7 @@ def unsuited(parts: ModelParts, max_length: int | None) -> str | None:
 def fingerprint(parts: ModelParts, plans: list[LayerPlan]) -> Hashable:
     """Changes whenever the probe's verdict might."""
     types = tuple(type(module) for module in parts.outer.modules())
-    return types, tuple(plans), parts.head.weight.dtype
+    return types, tuple(plans), parts.model.dtype
 
 
 def count_paths(plans: list[LayerPlan]) -> dict[str, int]:

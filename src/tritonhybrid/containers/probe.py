@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tritonhybrid_kernels.ops import Ops
 
 from tritonhybrid.batch import DecodeBuffers, prefill_batch
 from tritonhybrid.containers.binding import Binding
@@ -22,6 +21,7 @@ from tritonhybrid.kv_cache import LayerGeometry, PagedKVCache
 from tritonhybrid.sampling_params import SamplingParams
 from tritonhybrid.scheduler import PrefillGroup
 from tritonhybrid.sequence import Sequence
+from tritonhybrid_kernels.ops import Ops
 
 # Relative L2 of a layer's contribution that rounding explains; a wrong rule is off by 0.1 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -159,9 +159,7 @@ class _Trial:
                     errors[plan.layer] = _contribution_distance(out, y, x)
         return errors
 
-    def run(
-        self, plans: list[LayerPlan]
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    def run(self, plans: list[LayerPlan]) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
         """Prefill all but the last token, decode it; hidden rows in packed order."""
         with self._bind(plans) as binding:
             groups = self._groups(1)
@@ -232,7 +230,7 @@ def _run_reference(parts: ModelParts) -> _Reference:
 
         return hook
 
-    device = parts.head.weight.device
+    device = parts.device
     handles = [
         layer.register_forward_hook(record(index), with_kwargs=True)
         for index, layer in enumerate(parts.layers)
@@ -276,8 +274,8 @@ def _special_tokens(parts: ModelParts) -> set[int]:
     """Tokens that a model may treat apart (padding has a zero embedding)."""
     special: set[int] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        value = getattr(parts.config, name, None)
-        special |= set(value) if isinstance(value, list) else {value}
+        value: Any = getattr(parts.config, name, None)
+        special |= set(value) if isinstance(value, list) else {value} - {None}
     return special
 
 
@@ -309,5 +307,3 @@ def _contribution_distance(
 
 def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-
-

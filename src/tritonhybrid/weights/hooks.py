@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,11 +22,11 @@ def deepspeed_hooks_aside(module: nn.Module) -> Iterator[None]:
     Args:
         module: The module DeepSpeed trains.
     """
-    saved: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
+    saved: list[tuple[dict[int, Any], dict[int, Any]]] = []
     for submodule in module.modules():
         for hooks in (submodule._forward_pre_hooks, submodule._forward_hooks):
             if any(_is_deepspeed(hook) for hook in hooks.values()):
-                saved.append((hooks, OrderedDict(hooks)))
+                saved.append((hooks, dict(hooks)))
     try:
         for hooks, before in saved:
             for key, hook in before.items():
@@ -37,7 +36,7 @@ def deepspeed_hooks_aside(module: nn.Module) -> Iterator[None]:
     finally:
         for hooks, before in saved:
             # A hook that the user added or removed meanwhile stays as the user left it.
-            now = OrderedDict(hooks)
+            now = dict(hooks)
             hooks.clear()
             for key, hook in before.items():
                 if _is_deepspeed(hook) or key in now:
@@ -67,7 +66,7 @@ def eval_mode(module: nn.Module) -> Iterator[bool]:
 
 @contextmanager
 def plain_linear() -> Iterator[None]:
-    """torch's own ``nn.functional.linear`` in place of the one ZeRO-3 leaves behind.
+    """Torch's own ``nn.functional.linear`` in place of the one ZeRO-3 leaves behind.
 
     DeepSpeed swaps it, process-wide, for an autograd function that saves training
     memory and costs 0.2 ms of host time a call; a rollout has no backward.

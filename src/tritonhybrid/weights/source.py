@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,7 +85,7 @@ class WeightSource:
         return self._agreement if self.strategy == "pinned" else None
 
     @contextmanager
-    def materialised(self, layers: Sequence[nn.Module] = ()) -> Iterator[Materialisation]:
+    def materialised(self, layers: Iterable[nn.Module] = ()) -> Iterator[Materialisation]:
         """Whole parameters, eval mode, DeepSpeed's hooks aside; all undone on exit.
 
         Args:
@@ -136,17 +136,13 @@ class WeightSource:
         """
 
         def forward(*inputs: Any, **kwargs: Any) -> Any:
-            missing = [
-                p for p in layer.parameters() if _status(p) is not ZeroParamStatus.AVAILABLE
-            ]
+            missing = [p for p in layer.parameters() if _status(p) is not ZeroParamStatus.AVAILABLE]
             with GatheredParameters(missing), deepspeed_hooks_aside(layer):
                 return layer(*inputs, **kwargs)
 
         return forward
 
-    def _fill_arena(
-        self, parameters: Sequence[nn.Parameter], layers: Sequence[nn.Module]
-    ) -> int:
+    def _fill_arena(self, parameters: Sequence[nn.Parameter], layers: Iterable[nn.Module]) -> int:
         if self._arena is None or not self._arena.holds(parameters):
             self._arena = None
             self._arena = Arena(parameters)
@@ -162,7 +158,7 @@ class WeightSource:
 
 
 def _buckets(
-    parameters: Sequence[nn.Parameter], layers: Sequence[nn.Module], layers_per_bucket: int
+    parameters: Sequence[nn.Parameter], layers: Iterable[nn.Module], layers_per_bucket: int
 ) -> list[list[nn.Parameter]]:
     """Parameters in order: those outside the layers first, then runs of layers."""
     home = {
