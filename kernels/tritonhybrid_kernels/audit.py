@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -34,7 +35,7 @@ MmaKind = Literal["HGMMA", "HMMA", "none"]
 
 _TARGET = "cuda"
 _WARP_SIZE = 32
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _WIDE_LOADS = ("LDG", "LDGSTS")
 
 
@@ -112,8 +113,9 @@ def compile_case(case: LaunchCase, arch: int) -> Any:
         )
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Return cuobjdump's resource usage and machine code listing."""
+@lru_cache(maxsize=512)
+def _disassemble(cubin: bytes) -> tuple[int, Counter[str]]:
+    """Return the registers a thread uses, and how often each machine instruction occurs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -126,7 +128,10 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
             ).stdout
             for flag in ("-res-usage", "-sass")
         )
-    return usage, listing
+    registers = re.search(r"\bREG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
+    return int(registers.group(1)), Counter(_INSTRUCTION.findall(listing))
 
 
 def _load_width(instruction: str) -> int:
@@ -142,26 +147,22 @@ def _load_width(instruction: str) -> int:
 
 def inspect_kernel(compiled: Any) -> KernelReport:
     """Read registers, spills, shared memory, matrix instructions and load widths of a kernel."""
-    usage, listing = _disassemble(compiled.asm["cubin"])
-    registers = re.search(r"\bREG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
-    instructions = [
-        match.group(1) for line in listing.splitlines() if (match := _INSTRUCTION.match(line))
-    ]
-    opcodes = Counter(instruction.split(".")[0] for instruction in instructions)
+    registers, instructions = _disassemble(compiled.asm["cubin"])
+    opcodes: Counter[str] = Counter()
+    load_widths: Counter[int] = Counter()
+    for instruction, count in instructions.items():
+        opcode = instruction.split(".")[0]
+        opcodes[opcode] += count
+        if opcode in _WIDE_LOADS:
+            load_widths[_load_width(instruction)] += count
     mma: MmaKind = "HGMMA" if opcodes["HGMMA"] else "HMMA" if opcodes["HMMA"] else "none"
     return KernelReport(
-        registers=int(registers.group(1)),
+        registers=registers,
         spills=opcodes["LDL"] + opcodes["STL"],
         shared_bytes=compiled.metadata.shared,
         mma=mma,
         num_mma=opcodes[mma],
-        load_widths=Counter(
-            _load_width(instruction)
-            for instruction in instructions
-            if instruction.split(".")[0] in _WIDE_LOADS
-        ),
+        load_widths=load_widths,
         num_warps=compiled.metadata.num_warps,
     )
 

@@ -29,6 +29,8 @@ from tritonhybrid_kernels.launch import (
 )
 from tritonhybrid_kernels.matmul_tile import (
     AUDIT_ROWS,
+    AUDIT_ROWS_SMALL,
+    AUDIT_ROWS_VARIANT,
     MatmulConfig,
     matmul_config,
     tile_coordinates,
@@ -237,13 +239,13 @@ def _check(
 
 def audit_cases(arch: int) -> Iterator[LaunchCase]:
     """Yield the launches of Llama-3.1-8B and Qwen3-0.6B, and of a biased tanh-gelu model."""
-    for label, depth, num_columns, has_bias, activation in (
-        ("llama-3.1-8b", 4096, 14336, False, "silu"),
-        ("qwen3-0.6b", 1024, 3072, False, "silu"),
-        ("biased gelu", 2048, 8192, True, "gelu"),
-        ("biased gelu_tanh", 2048, 8192, True, "gelu_tanh"),
+    for label, depth, num_columns, has_bias, activation, rows in (
+        ("llama-3.1-8b", 4096, 14336, False, "silu", AUDIT_ROWS),
+        ("qwen3-0.6b", 1024, 3072, False, "silu", AUDIT_ROWS_SMALL),
+        ("biased gelu", 2048, 8192, True, "gelu", AUDIT_ROWS_VARIANT),
+        ("biased gelu_tanh", 2048, 8192, True, "gelu_tanh", AUDIT_ROWS_VARIANT),
     ):
-        for dtype, num_rows in AUDIT_ROWS:
+        for num_rows, dtype in rows:
             config = matmul_config(num_rows, num_columns, depth, dtype, arch, num_weights=2)
             bias = dtype if has_bias else None
             yield LaunchCase(

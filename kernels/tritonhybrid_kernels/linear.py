@@ -26,6 +26,7 @@ from tritonhybrid_kernels.launch import (
 )
 from tritonhybrid_kernels.matmul_tile import (
     AUDIT_ROWS,
+    AUDIT_ROWS_SMALL,
     MatmulConfig,
     matmul_config,
     matmul_tile,
@@ -187,12 +188,12 @@ def _check(
 
 def audit_cases(arch: int) -> Iterator[LaunchCase]:
     """Yield the launches of the o and down projections of Llama-3.1-8B and Qwen3-0.6B."""
-    for label, num_columns, depth in (
-        ("llama-3.1-8b o_proj", 4096, 4096),
-        ("llama-3.1-8b down_proj", 4096, 14336),
-        ("qwen3-0.6b down_proj", 1024, 3072),
+    for label, num_columns, depth, rows in (
+        ("llama-3.1-8b o_proj", 4096, 4096, AUDIT_ROWS),
+        ("llama-3.1-8b down_proj", 4096, 14336, AUDIT_ROWS),
+        ("qwen3-0.6b down_proj", 1024, 3072, AUDIT_ROWS_SMALL),
     ):
-        for dtype, num_rows in AUDIT_ROWS:
+        for num_rows, dtype in rows:
             config = matmul_config(num_rows, num_columns, depth, dtype, arch)
             yield LaunchCase(
                 op="linear",

@@ -204,10 +204,12 @@ def matmul_config(
     return config._replace(block_k=min(config.block_k, narrowest))
 
 
-# The numbers of rows, by dtype, at which the audit compiles a projection: a decode step of each
-# tile height, and a prefill.
+# Rows and dtypes at which the audit compiles a projection of a large model: a decode step at each
+# tile height, and prefills. A small model's decode steps take the narrow tiles.
 AUDIT_ROWS: Final = (
-    *((torch.bfloat16, num_rows) for num_rows in (1, 32, 64, 128, 512, 4096)),
-    *((torch.float16, num_rows) for num_rows in (16, 4096)),
-    *((torch.float32, num_rows) for num_rows in (1, 4096)),
+    *((num_rows, torch.bfloat16) for num_rows in (1, 32, 64, 128, 512, 4096)),
+    *((num_rows, torch.float16) for num_rows in (16, 4096)),
+    *((num_rows, torch.float32) for num_rows in (1, 4096)),
 )
+AUDIT_ROWS_SMALL: Final = tuple((num_rows, torch.bfloat16) for num_rows in (1, 64, 128, 512))
+AUDIT_ROWS_VARIANT: Final = tuple((num_rows, torch.bfloat16) for num_rows in (1, 4096))

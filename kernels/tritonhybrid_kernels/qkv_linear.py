@@ -27,6 +27,8 @@ from tritonhybrid_kernels.launch import (
 )
 from tritonhybrid_kernels.matmul_tile import (
     AUDIT_ROWS,
+    AUDIT_ROWS_SMALL,
+    AUDIT_ROWS_VARIANT,
     MatmulConfig,
     matmul_config,
     matmul_tile,
@@ -249,12 +251,12 @@ def _check(
 
 def audit_cases(arch: int) -> Iterator[LaunchCase]:
     """Yield the launches of Llama-3.1-8B, Qwen2.5-7B (bias) and Qwen3-0.6B."""
-    for label, depth, q_columns, kv_columns, has_bias in (
-        ("llama-3.1-8b", 4096, 4096, 1024, False),
-        ("qwen2.5-7b", 3584, 3584, 512, True),
-        ("qwen3-0.6b", 1024, 2048, 1024, False),
+    for label, depth, q_columns, kv_columns, has_bias, rows in (
+        ("llama-3.1-8b", 4096, 4096, 1024, False, AUDIT_ROWS),
+        ("qwen2.5-7b", 3584, 3584, 512, True, AUDIT_ROWS_VARIANT),
+        ("qwen3-0.6b", 1024, 2048, 1024, False, AUDIT_ROWS_SMALL),
     ):
-        for dtype, num_rows in AUDIT_ROWS:
+        for num_rows, dtype in rows:
             config = matmul_config(num_rows, q_columns + 2 * kv_columns, depth, dtype, arch)
             bias = dtype if has_bias else None
             yield LaunchCase(
