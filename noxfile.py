@@ -38,6 +38,7 @@ def install_project(session: nox.Session, *groups: str, torch: str = TORCH) -> N
 
 def check_lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
 
 
 def check_types(session: nox.Session) -> None:
