@@ -119,18 +119,15 @@ def _disassemble(cubin: bytes) -> tuple[int, Counter[str]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, listing = (
-            subprocess.run(
-                [triton.knobs.nvidia.cuobjdump.path, flag, str(path)],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers = re.search(r"\bREG:(\d+)", usage)
+        listing = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    registers = re.search(r"\bREG:(\d+)", listing)
     if registers is None:
-        raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
+        raise RuntimeError(f"cuobjdump printed no register count: {listing[:200]!r}")
     return int(registers.group(1)), Counter(_INSTRUCTION.findall(listing))
 
 

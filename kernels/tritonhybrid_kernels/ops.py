@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from importlib import import_module
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
-from tritonhybrid_kernels.launch import reject
+from tritonhybrid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_ref
+from tritonhybrid_kernels.attention_varlen import attention_varlen, attention_varlen_ref
+from tritonhybrid_kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
+from tritonhybrid_kernels.launch import require
+from tritonhybrid_kernels.linear import linear, linear_ref
+from tritonhybrid_kernels.lm_head_sample import lm_head_sample, lm_head_sample_ref
+from tritonhybrid_kernels.paged_attention_decode import (
+    paged_attention_decode,
+    paged_attention_decode_ref,
+)
+from tritonhybrid_kernels.qkv_linear import qkv_linear, qkv_linear_ref
+from tritonhybrid_kernels.rope_kv_write import rope_kv_write, rope_kv_write_ref
+from tritonhybrid_kernels.sample_logits import sample_logits, sample_logits_ref
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +43,20 @@ class Ops:
     lm_head_sample: Callable[..., Any]
 
 
-OP_NAMES: tuple[str, ...] = tuple(
-    field.name for field in fields(Ops) if field.name not in ("backend", "torch_ops")
-)
+# By name: the Triton launcher and the torch path.
+_IMPLEMENTATIONS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
+    "add_rms_norm": (add_rms_norm, add_rms_norm_ref),
+    "linear": (linear, linear_ref),
+    "qkv_linear": (qkv_linear, qkv_linear_ref),
+    "gate_up_silu": (gate_up_silu, gate_up_silu_ref),
+    "rope_kv_write": (rope_kv_write, rope_kv_write_ref),
+    "attention_varlen": (attention_varlen, attention_varlen_ref),
+    "paged_attention_decode": (paged_attention_decode, paged_attention_decode_ref),
+    "sample_logits": (sample_logits, sample_logits_ref),
+    "lm_head_sample": (lm_head_sample, lm_head_sample_ref),
+}
+
+OP_NAMES: Final = tuple(_IMPLEMENTATIONS)
 
 
 def select_ops(backend: Literal["triton", "torch"], torch_ops: frozenset[str] = frozenset()) -> Ops:
@@ -47,19 +69,23 @@ def select_ops(backend: Literal["triton", "torch"], torch_ops: frozenset[str] = 
     Raises:
         KernelArgumentError: unknown backend or op name.
     """
-    if backend not in ("triton", "torch"):
-        raise reject("select_ops: unknown backend", "triton or torch", backend, "Pass one of them.")
-    unknown = torch_ops - set(OP_NAMES)
-    if unknown:
-        raise reject(
-            "select_ops: torch_ops names an unknown op",
-            f"names out of {', '.join(OP_NAMES)}",
-            ", ".join(sorted(unknown)),
-            "Correct the name.",
-        )
-    chosen: dict[str, Callable[..., Any]] = {}
-    for name in OP_NAMES:
-        suffix = "_ref" if backend == "torch" or name in torch_ops else ""
-        module = import_module(f"tritonhybrid_kernels.{name}")
-        chosen[name] = getattr(module, name + suffix)
+    require(
+        backend in ("triton", "torch"),
+        "select_ops: unknown backend",
+        "triton or torch",
+        backend,
+        "Pass one of them.",
+    )
+    unknown = torch_ops - _IMPLEMENTATIONS.keys()
+    require(
+        not unknown,
+        "select_ops: torch_ops names an unknown op",
+        f"names out of {', '.join(OP_NAMES)}",
+        ", ".join(sorted(unknown)),
+        "Correct the name.",
+    )
+    chosen = {
+        name: torch_path if backend == "torch" or name in torch_ops else launcher
+        for name, (launcher, torch_path) in _IMPLEMENTATIONS.items()
+    }
     return Ops(backend=backend, torch_ops=torch_ops, **chosen)
