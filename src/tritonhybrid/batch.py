@@ -25,6 +25,7 @@ class Batch:
         is_decode: One token a sequence.
         max_seqlen_q: Longest run of tokens of one sequence.
         last_rows: [B] int64, each sequence's last token; None when is_decode.
+        next_positions: [B] int64, index of the token that is to be sampled.
     """
 
     input_ids: torch.Tensor
@@ -36,6 +37,7 @@ class Batch:
     is_decode: bool
     max_seqlen_q: int
     last_rows: torch.Tensor | None
+    next_positions: torch.Tensor
 
 
 def prefill_batch(groups: Sized[PrefillGroup], block_size: int, device: torch.device) -> Batch:
@@ -64,6 +66,7 @@ def prefill_batch(groups: Sized[PrefillGroup], block_size: int, device: torch.de
         is_decode=False,
         max_seqlen_q=max(lengths),
         last_rows=torch.tensor([bound - 1 for bound in bounds[1:]], device=device),
+        next_positions=torch.tensor(lengths, device=device),
     )
 
 
@@ -88,8 +91,8 @@ class DecodeBuffers:
         self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device
     ) -> None:
         self.block_size = block_size
-        # input_ids, positions and slot_mapping are rows of one tensor: one upload a step.
-        self._token_inputs = torch.zeros(3, max_num_seqs, dtype=torch.int64, device=device)
+        # All 64-bit inputs are rows of one tensor: one upload a step.
+        self._token_inputs = torch.zeros(4, max_num_seqs, dtype=torch.int64, device=device)
         self._context_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._block_table = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self._cu_seqlens = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
@@ -107,9 +110,10 @@ class DecodeBuffers:
                 sequence.block_table[position // size] * size + position % size
                 for sequence, position in zip(sequences, positions, strict=True)
             ],
+            [position + 1 for position in positions],
         ]
         self._token_inputs[:, :count] = torch.tensor(inputs)
-        self._context_lens[:count] = torch.tensor([p + 1 for p in positions], dtype=torch.int32)
+        self._context_lens[:count] = torch.tensor(inputs[3], dtype=torch.int32)
         for row, sequence in enumerate(sequences):
             table = sequence.block_table
             if self._tables[row] != table:
@@ -125,4 +129,5 @@ class DecodeBuffers:
             is_decode=True,
             max_seqlen_q=1,
             last_rows=None,
+            next_positions=self._token_inputs[3, :count],
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
-from tritonhybrid.batch import DecodeBuffers, prefill_batch
+from tritonhybrid.batch import Batch, DecodeBuffers, prefill_batch
 from tritonhybrid.containers.binding import Binding
 from tritonhybrid.kv_cache import PagedKVCache
-from tritonhybrid.sampler import HeadCalls, Sampled, Sampler
+from tritonhybrid.sampler import Drawn, HeadCalls, Sampled, Sampler
 from tritonhybrid.scheduler import Step
 from tritonhybrid.sequence import Sequence
 
@@ -21,6 +24,8 @@ class Runner:
         max_num_seqs: Most rows of a decode step.
         max_blocks: Most pages of a sequence.
         device: Where the model computes.
+        around_decode: Entered around the device's part of each decode step, by
+            whoever records or profiles it.
     """
 
     def __init__(
@@ -31,10 +36,12 @@ class Runner:
         max_num_seqs: int,
         max_blocks: int,
         device: torch.device,
+        around_decode: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._binding = binding
         self._cache = cache
         self._device = device
+        self._around_decode = around_decode
         self._buffers = DecodeBuffers(max_num_seqs, max_blocks, cache.block_size, device)
         head = binding.head
         self.sampler = Sampler(
@@ -47,6 +54,7 @@ class Runner:
                 softcap=head.softcap,
             ),
             device,
+            capacity=max_num_seqs,
         )
 
     def execute(self, step: Step) -> tuple[list[Sequence], Sampled]:
@@ -57,8 +65,11 @@ class Runner:
         """
         if step.decode:
             self._cache.copy_blocks(step.copies)
-            hidden = self._binding.forward(self._buffers.fill(step.decode))
-            return step.decode, self.sampler.sample(hidden, step.decode)
+            batch = self._buffers.fill(step.decode)
+            self.sampler.prepare(step.decode)
+            with self._around_decode():
+                drawn = self._decode(batch)
+            return step.decode, self.sampler.collect(drawn, step.decode)
         batch = prefill_batch(step.prefill, self._cache.block_size, self._device)
         hidden = self._binding.forward(batch)[batch.last_rows]
         sequences = [member for group in step.prefill for member in group.members]
@@ -66,4 +77,11 @@ class Runner:
         if len(sequences) > len(step.prefill):
             owners = [i for i, group in enumerate(step.prefill) for _ in group.members]
             rows = torch.tensor(owners, device=self._device)
-        return sequences, self.sampler.sample(hidden, sequences, rows)
+        positions = batch.next_positions if rows is None else batch.next_positions[rows]
+        self.sampler.prepare(sequences)
+        drawn = self.sampler.draw(hidden, positions, rows)
+        return sequences, self.sampler.collect(drawn, sequences)
+
+    def _decode(self, batch: Batch) -> Drawn:
+        """The part of a decode step that never looks at the host: what a graph replays."""
+        return self.sampler.draw(self._binding.forward(batch), batch.next_positions)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -46,30 +45,44 @@ class Sampled:
     raw_logprobs: list[float]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One token a row, still on the device: [B] int64 and twice [B] float32."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    raw_logprobs: torch.Tensor
+
+
 class Sampler:
     """Draws tokens with noise that depends on (key, uid, position, vocabulary) alone.
 
     Where logits exist: one uniform a token and the inverse CDF of the processed
-    distribution in vocabulary order. On the Triton backend without filters:
-    Gumbel-max inside the head's own kernel, no logits.
+    distribution in vocabulary order. On the Triton backend rows without filters:
+    Gumbel-max inside the head's own kernel, no logits. Which of the two serves a
+    sequence depends on its own parameters, never on its neighbours.
 
     Args:
         ops: The operations to call.
         head: The model's head.
         device: Where the model computes.
+        capacity: Most rows; the per-row settings of up to so many keep their addresses.
     """
 
-    def __init__(self, ops: Ops, head: HeadCalls, device: torch.device) -> None:
+    def __init__(
+        self, ops: Ops, head: HeadCalls, device: torch.device, *, capacity: int = 0
+    ) -> None:
         self._ops = ops
         self._head = head
         self._device = device
         self._rows: list[Sequence] = []
+        self._reserve(capacity)
         self.used: set[str] = set()
 
     def sample(
         self, hidden: torch.Tensor, sequences: Sized[Sequence], rows: torch.Tensor | None = None
     ) -> Sampled:
-        """Sample the next token of each sequence.
+        """Sample the next token of each sequence: prepare, draw, collect.
 
         Args:
             hidden: [B', D] last hidden states.
@@ -82,116 +95,194 @@ class Sampler:
         Raises:
             NonFiniteLogitsError: A row's logits are not finite or all masked.
         """
-        self._refresh(sequences)
+        self.prepare(sequences)
         positions = torch.tensor([len(s) for s in sequences], device=self._device)
-        if self._fuses_head:
-            tokens, logprobs, raw = self._ops.lm_head_sample(
-                hidden if rows is None else hidden[rows],
-                self._head.weight,
-                self._head.bias,
-                temperature=self._temperature,
-                keys=self._keys,
-                uids=self._uids,
-                positions=positions,
-                logit_scale=self._head.scale,
-                softcap=self._head.softcap,
-            )
-            self.used.add("gumbel_max")
-        else:
-            logits = self._head.logits(hidden)
-            if rows is not None:
-                logits = logits[rows]
-            processed = self._process(logits, sequences)
-            tokens, logprobs = self._ops.sample_logits(
-                processed, self._keys, self._uids, positions, self._greedy
-            )
-            raw = logprobs
-            if processed is not logits:
-                picked = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-                raw = picked - logits.logsumexp(1)
-            self.used.add("argmax" if self._is_all_greedy else "inverse_cdf")
-        sampled = Sampled(tokens.tolist(), logprobs.tolist(), raw.tolist())
-        self._check(sampled, sequences)
-        return sampled
+        return self.collect(self.draw(hidden, positions, rows), sequences)
 
-    @property
-    def _fuses_head(self) -> bool:
-        return self._ops.backend == "triton" and self._head.weight is not None and not self._filters
-
-    def _refresh(self, sequences: Sized[Sequence]) -> None:
-        """Rebuild the per-row settings, only when the rows changed."""
+    def prepare(self, sequences: Sized[Sequence]) -> None:
+        """Upload the per-row settings, only when the rows changed."""
         if len(self._rows) == len(sequences) and all(
             a is b for a, b in zip(self._rows, sequences, strict=True)
         ):
             return
+        count = len(sequences)
+        if count > self._keys.shape[0]:
+            self._reserve(count)
         self._rows = list(sequences)
         params = [s.params for s in sequences]
+        self._keys[:count] = torch.tensor([s.key for s in sequences])
+        self._uids[:count] = torch.tensor([s.uid for s in sequences])
+        self._greedy[:count] = torch.tensor([p.is_greedy for p in params])
+        self._temperature[:count] = torch.tensor([float(p.temperature) for p in params])
+        self.used |= {"argmax"} if any(p.is_greedy for p in params) else set()
+        fuses = self._ops.backend == "triton" and self._head.weight is not None
+        self._fused = [i for i, p in enumerate(params) if fuses and not p.has_filters]
+        fused = set(self._fused)
+        self._processed = [i for i in range(count) if i not in fused]
+        if any(not params[i].is_greedy for i in self._fused):
+            self.used.add("gumbel_max")
+        if any(not params[i].is_greedy for i in self._processed):
+            self.used.add("inverse_cdf")
 
-        def column(
-            values: list[float] | list[int] | list[bool], dtype: torch.dtype
-        ) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=self._device)
+    def draw(
+        self, hidden: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> Drawn:
+        """Draw on the device; when every row takes the fused path nothing looks at the host.
 
-        self._keys = column([s.key for s in sequences], torch.int64)
-        self._uids = column([s.uid for s in sequences], torch.int64)
-        self._greedy = column([p.is_greedy for p in params], torch.bool)
-        self._temperature = column([p.temperature for p in params], torch.float32)
-        # A greedy row is not divided: its log-probabilities are at temperature 1.
-        self._divisor = column([p.temperature or 1.0 for p in params], torch.float32).unsqueeze(1)
-        self._is_all_greedy = all(p.is_greedy for p in params)
-        self._scales = any(p.temperature not in (0, 1) for p in params)
-        self._filters = any(p.has_filters for p in params)
-        self._penalised = [i for i, p in enumerate(params) if p.repetition_penalty != 1]
-        self._minimal = [i for i, p in enumerate(params) if p.min_new_tokens > 0]
-        drawn = [SamplingParams() if p.is_greedy else p for p in params]
-        self._top_k = [p.top_k for p in drawn] if any(p.top_k for p in drawn) else None
-        self._top_p = self._min_p = None
-        if any(p.top_p < 1 for p in drawn):
-            self._top_p = column([p.top_p for p in drawn], torch.float32).unsqueeze(1)
-        if any(p.min_p > 0 for p in drawn):
-            self._min_p = column([p.min_p for p in drawn], torch.float32).unsqueeze(1)
-
-    def _process(self, logits: torch.Tensor, sequences: Sized[Sequence]) -> torch.Tensor:
-        """Penalties, temperature, top-k, top-p, min-p: HF's processors in HF's order."""
-        if not (self._scales or self._filters):
-            return logits
-        z = logits.clone()
-        for row in self._penalised:
-            _penalise(z[row], sequences[row])
-        for row in self._minimal:
-            sequence = sequences[row]
-            if len(sequence.output) < sequence.params.min_new_tokens and sequence.end_ids:
-                z[row, sorted(sequence.end_ids)] = _MASKED
-        if self._scales:
-            z /= self._divisor
-        if self._top_k is not None:
-            # 0 means all tokens; HF too takes no more than there are.
-            ks = torch.tensor([min(k, z.shape[1]) or z.shape[1] for k in self._top_k])
-            most = max(min(k, z.shape[1]) for k in self._top_k)
-            best = z.topk(most, dim=1).values
-            kth = best.gather(1, (ks.clamp(max=most) - 1).unsqueeze(1).to(z.device))
-            z.masked_fill_((z < kth) & (ks < z.shape[1]).unsqueeze(1).to(z.device), _MASKED)
-        if self._top_p is not None:
-            ascending, order = z.sort(dim=1)
-            out = ascending.softmax(1).cumsum(1) <= 1 - self._top_p
-            out[:, -1] = False
-            # A row without top-p keeps even what rounds to probability 0.
-            out &= self._top_p < 1
-            z.masked_fill_(out.scatter(1, order, out), _MASKED)
-        if self._min_p is not None:
-            probabilities = z.softmax(1)
-            z.masked_fill_(
-                probabilities < self._min_p * probabilities.amax(1, keepdim=True), _MASKED
+        Args:
+            hidden: [B', D] last hidden states.
+            positions: [B] int64, index of the token to be drawn.
+            rows: [B] int64, the hidden row of each sequence; None when B' = B.
+        """
+        if not self._processed:
+            return self._draw_fused(hidden if rows is None else hidden[rows], positions, None)
+        if not self._fused:
+            return self._draw_processed(hidden, positions, rows, None)
+        if rows is None:
+            rows = torch.arange(len(self._rows), device=self._device)
+        tokens = torch.empty(len(self._rows), dtype=torch.int64, device=self._device)
+        logprobs = torch.empty(len(self._rows), dtype=torch.float32, device=self._device)
+        raw = torch.empty_like(logprobs)
+        fused = torch.tensor(self._fused, device=self._device)
+        processed = torch.tensor(self._processed, device=self._device)
+        for index, part in (
+            (fused, self._draw_fused(hidden[rows[fused]], positions[fused], fused)),
+            (
+                processed,
+                self._draw_processed(hidden, positions[processed], rows[processed], processed),
+            ),
+        ):
+            tokens[index], logprobs[index], raw[index] = (
+                part.tokens,
+                part.logprobs,
+                part.raw_logprobs,
             )
-        return z
+        return Drawn(tokens, logprobs, raw)
 
-    def _check(self, sampled: Sampled, sequences: Sized[Sequence]) -> None:
+    def collect(self, drawn: Drawn, sequences: Sized[Sequence]) -> Sampled:
+        """Read what was drawn: the one host read of a step.
+
+        Raises:
+            NonFiniteLogitsError: A row's logits are not finite or all masked.
+        """
+        sampled = Sampled(
+            drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.raw_logprobs.tolist()
+        )
         for row, sequence in enumerate(sequences):
             values = (sampled.logprobs[row], sampled.raw_logprobs[row])
             if not all(math.isfinite(value) for value in values):
                 raise NonFiniteLogitsError(
                     sequence.prompt_index, len(sequence), f"log-probabilities {values}"
                 )
+        return sampled
+
+    def _reserve(self, capacity: int) -> None:
+        self._keys = torch.zeros(capacity, dtype=torch.int64, device=self._device)
+        self._uids = torch.zeros(capacity, dtype=torch.int64, device=self._device)
+        self._greedy = torch.zeros(capacity, dtype=torch.bool, device=self._device)
+        self._temperature = torch.zeros(capacity, dtype=torch.float32, device=self._device)
+
+    def _settings(
+        self, index: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        columns = (self._keys, self._uids, self._greedy, self._temperature)
+        if index is None:
+            keys, uids, greedy, temperature = (c[: len(self._rows)] for c in columns)
+        else:
+            keys, uids, greedy, temperature = (c[index] for c in columns)
+        return keys, uids, greedy, temperature
+
+    def _draw_fused(
+        self, hidden: torch.Tensor, positions: torch.Tensor, index: torch.Tensor | None
+    ) -> Drawn:
+        keys, uids, _, temperature = self._settings(index)
+        return Drawn(
+            *self._ops.lm_head_sample(
+                hidden,
+                self._head.weight,
+                self._head.bias,
+                temperature=temperature,
+                keys=keys,
+                uids=uids,
+                positions=positions,
+                logit_scale=self._head.scale,
+                softcap=self._head.softcap,
+            )
+        )
+
+    def _draw_processed(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor | None,
+        index: torch.Tensor | None,
+    ) -> Drawn:
+        keys, uids, greedy, _ = self._settings(index)
+        logits = self._head.logits(hidden)
+        if rows is not None:
+            logits = logits[rows]
+        processed = process_logits(logits, [self._rows[i] for i in self._processed])
+        tokens, logprobs = self._ops.sample_logits(processed, keys, uids, positions, greedy)
+        if processed is logits:
+            return Drawn(tokens, logprobs, logprobs)
+        picked = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        return Drawn(tokens, logprobs, picked - logits.logsumexp(1))
+
+
+def process_logits(logits: torch.Tensor, sequences: Sized[Sequence]) -> torch.Tensor:
+    """Penalties, temperature, top-k, top-p, min-p: HF's processors in HF's order.
+
+    Args:
+        logits: [B, V] float32; not changed.
+        sequences: One a row.
+
+    Returns:
+        [B, V] with masked tokens at -inf; ``logits`` itself where nothing applies.
+    """
+    params = [s.params for s in sequences]
+    scales = any(p.temperature not in (0, 1) for p in params)
+    if not scales and not any(p.has_filters for p in params):
+        return logits
+    z = logits.clone()
+    for row, sequence in enumerate(sequences):
+        if sequence.params.repetition_penalty != 1:
+            _penalise(z[row], sequence)
+        if len(sequence.output) < sequence.params.min_new_tokens and sequence.end_ids:
+            z[row, sorted(sequence.end_ids)] = _MASKED
+    # A greedy row is neither divided nor filtered: its log-probabilities are at temperature 1.
+    drawn = [SamplingParams() if p.is_greedy else p for p in params]
+    if scales:
+        z /= _column([p.temperature for p in drawn], z.device)
+    if any(p.top_k for p in drawn):
+        _keep_top_k(z, [p.top_k for p in drawn])
+    if any(p.top_p < 1 for p in drawn):
+        _keep_top_p(z, _column([p.top_p for p in drawn], z.device))
+    if any(p.min_p > 0 for p in drawn):
+        probabilities = z.softmax(1)
+        least = _column([p.min_p for p in drawn], z.device) * probabilities.amax(1, keepdim=True)
+        z.masked_fill_(probabilities < least, _MASKED)
+    return z
+
+
+def _keep_top_k(z: torch.Tensor, top_k: list[int]) -> None:
+    """Mask what is below the k-th best of its row; ties stay. 0 keeps all, as in HF."""
+    size = z.shape[1]
+    ks = [min(k, size) or size for k in top_k]
+    most = max((k for k in ks if k < size), default=size)
+    best = z.topk(most, dim=1).values
+    kth = best.gather(1, torch.tensor([min(k, most) - 1 for k in ks], device=z.device)[:, None])
+    filtered = torch.tensor([k < size for k in ks], device=z.device)[:, None]
+    z.masked_fill_((z < kth) & filtered, _MASKED)
+
+
+def _keep_top_p(z: torch.Tensor, top_p: torch.Tensor) -> None:
+    """Mask the least likely tokens whose mass together is at most 1 - p."""
+    ascending, order = z.sort(dim=1)
+    out = ascending.softmax(1).cumsum(1) <= 1 - top_p
+    out[:, -1] = False
+    # A row without top-p keeps even what rounds to probability 0.
+    out &= top_p < 1
+    z.masked_fill_(torch.zeros_like(out).scatter(1, order, out), _MASKED)
 
 
 def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
@@ -199,3 +290,7 @@ def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
     scores = row[seen]
     penalty = sequence.params.repetition_penalty
     row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+
+
+def _column(values: Sized[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
