@@ -59,7 +59,9 @@ class HfPeer:
         with source.materialised():
             self.model.load_state_dict(engine.module.state_dict())
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> list[list[int]]:
         """Generate for a left-padded batch of all prompts at once.
 
         Args:

@@ -206,7 +206,9 @@ def hush() -> None:
     that torch 2.13 renamed and go when it follows.
     """
     warnings.filterwarnings(
-        "ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning
+        "ignore",
+        message=r".*(all_gather_into_tensor|reduce_scatter_tensor)",
+        category=FutureWarning,
     )
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=DeprecationWarning)
     # A name given at run time: transformers' logging module types its re-exports loosely.

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import tritonhybrid
 from tritonhybrid.demo import grpo, task
-from tritonhybrid.demo.record import Comparison, DemoRecord, StepRecord
 from tritonhybrid.demo.model import model_config
+from tritonhybrid.demo.record import Comparison, DemoRecord, StepRecord
 from tritonhybrid.demo.report import Report
 from tritonhybrid.demo.settings import DemoSettings
 from tritonhybrid.hf_peer import Agreement, HfPeer, Speed
@@ -52,7 +52,7 @@ class Demo:
     Args:
         rank: This process.
         settings: The same on every rank.
-        record: Filled as the run goes; the same on every rank but for nothing.
+        record: Filled as the run goes; means and sums are over all ranks.
         report: Shows and saves the record on rank 0, None elsewhere.
     """
 
@@ -65,7 +65,6 @@ class Demo:
         self.report = report
         self.task = task.SortingTask()
         self.engine: Any = None
-        self._peer_config: LlamaConfig | None = None
 
     def start(self, rendezvous: Path) -> None:
         """Build the model, the DeepSpeed engine around it, and wrap it."""
@@ -76,14 +75,13 @@ class Demo:
             torch.set_num_threads(1)
         join_ranks(self.rank, settings.ranks, settings.device, rendezvous)
         torch.manual_seed(settings.seed)
-        self._peer_config = model_config()
         config = LocalEngineConfig(
             zero_stage=settings.zero,
             device=settings.device,
             micro_batch_size=settings.warm_up_batch // settings.ranks,
             lr=settings.warm_up_lr,
         )
-        engine = build_engine(LlamaForCausalLM(self._peer_config), config)
+        engine = build_engine(LlamaForCausalLM(model_config()), config)
         self.engine = tritonhybrid.wrap(engine)
 
     def warm_up(self) -> None:
@@ -98,7 +96,10 @@ class Demo:
                 answers = [self.task.demonstration(prompt, rng) for prompt in prompts]
                 mine = slice(self.rank, None, settings.ranks)
                 batch = self._pack(
-                    prompts[mine], answers[mine], [[]] * len(prompts[mine]), [0.0] * len(prompts[mine])
+                    prompts[mine],
+                    answers[mine],
+                    [[]] * len(prompts[mine]),
+                    [0.0] * len(prompts[mine]),
                 )
                 rise = min(1.0, (step + 1) / 20)
                 set_learning_rate(
@@ -156,7 +157,7 @@ class Demo:
         """
         settings = self.settings
         peer = HfPeer(
-            LlamaForCausalLM(self._peer_config).to(self.engine.device), pad_token_id=task.PAD
+            LlamaForCausalLM(model_config()).to(self.engine.device), pad_token_id=task.PAD
         )
         peer.load_weights(self.engine)
         self.engine.eval()
@@ -166,9 +167,7 @@ class Demo:
             max_new_tokens=self.task.max_new_tokens, n=settings.samples_per_prompt
         )
         ours = self.engine.rollout(prompts, greedy, uids=uids).completions
-        equal = Agreement.between(
-            [done.token_ids for done in ours], peer.generate(prompts, greedy)
-        )
+        equal = Agreement.between([done.token_ids for done in ours], peer.generate(prompts, greedy))
         our_speed, their_speed = Speed(), Speed()
         with self._stage("comparison", settings.comparison_rounds) as progress:
             for _ in range(settings.comparison_rounds):

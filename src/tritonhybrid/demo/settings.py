@@ -33,7 +33,7 @@ class DemoSettings:
     zero: int = 3
     ranks: int = 1
     device: str = "cpu"
-    steps: int = 80
+    steps: int = 60
     seed: int = 0
     out: Path = Path("runs/demo")
     warm_up_steps: int = 400
