@@ -1,12 +1,467 @@
-"""Causal attention of packed queries of many sequences over their paged keys and values."""
+"""Causal attention of packed queries of many sequences over their paged keys and values.
+
+    out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j],   j <= i,  i - j < window
+
+Queries are the last positions of their sequence: a sequence may start with keys that an earlier
+call (or another sequence) left in its pages. A program takes BLOCK_Q neighbouring queries of one
+sequence and all G heads of one KV head as the rows of its matrix products, so a key tile is read
+once a group. The grid is bounded by ``T // BLOCK_Q + B`` and each program searches its sequence
+in `cu_seqlens_q`: no length is read on the host. Tiles that no row can see only in part run
+without masks. Softmax is online, in fp32 and base 2.
+
+Source: Dao, "FlashAttention-2" (arXiv:2307.08691); Kwon et al., "PagedAttention"
+(arXiv:2309.06180).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from tritonhybrid_kernels.launch import (
+    LaunchCase,
+    Mma,
+    check_launchable,
+    check_operands,
+    check_shape,
+    device_arch,
+    launch_options,
+    require,
+)
+from tritonhybrid_kernels.paged_cache import check_absent, check_attention, check_index
+from tritonhybrid_kernels.softcap import softcap_fp32
+
+
+@triton.jit
+def attend_tile(
+    q,  # [BLOCK_M, BLOCK_E]
+    maximum,  # [BLOCK_M] running row maximum, base 2
+    total,  # [BLOCK_M] running sum of weights
+    acc,  # [BLOCK_M, BLOCK_E] fp32
+    k_ptr,  # [N, S, K, E] at a KV head
+    v_ptr,  # [N, S, K, E] at a KV head
+    table_ptr,  # a sequence's row of the block table
+    stride_kn,
+    stride_vn,
+    start,
+    num_keys,
+    positions,  # [BLOCK_M] of the rows' queries
+    scale,
+    softcap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    STRIDE_SLOT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Take the keys [start, start + TILE) into the online softmax of each row."""
+    offs_e = tl.arange(0, BLOCK_E)
+    keys = start + tl.arange(0, TILE)
+    if BLOCK_SIZE % TILE == 0:
+        # The tile lies in one block: one scalar read of the table.
+        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        slots = (keys % BLOCK_SIZE) * STRIDE_SLOT
+    else:
+        # Past the last key the table holds no block number.
+        block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < num_keys, other=0).to(tl.int64)
+        slots = (keys % BLOCK_SIZE) * STRIDE_SLOT
+    k_ptrs = k_ptr + (block * stride_kn + slots)[:, None] + offs_e[None, :]
+    v_ptrs = v_ptr + (block * stride_vn + slots)[:, None] + offs_e[None, :]
+    in_head = offs_e[None, :] < HEAD_DIM
+    if MASKED:
+        readable = (keys < num_keys)[:, None] & in_head
+        k = tl.load(k_ptrs, mask=readable, other=0.0)
+        v = tl.load(v_ptrs, mask=readable, other=0.0)
+    elif HEAD_DIM == BLOCK_E:
+        k = tl.load(k_ptrs)
+        v = tl.load(v_ptrs)
+    else:
+        k = tl.load(k_ptrs, mask=in_head, other=0.0)
+        v = tl.load(v_ptrs, mask=in_head, other=0.0)
+    # Scaled after the product, in fp32: a pre-scaled bf16 q would be rounded once more.
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if HAS_SOFTCAP:
+        scores = softcap_fp32(scores, softcap)
+    scores *= 1.4426950408889634
+    if MASKED:
+        visible = keys[None, :] <= positions[:, None]
+        if HAS_WINDOW:
+            visible &= positions[:, None] - keys[None, :] < window
+        scores = tl.where(visible, scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    # A row that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
+    safe_maximum = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.exp2(scores - safe_maximum[:, None])
+    decay = tl.exp2(maximum - safe_maximum)
+    total = total * decay + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return new_maximum, total, acc
+
+
+@triton.jit
+def _find_sequence(cu_seqlens_ptr, pid, num_seqs, BLOCK_Q: tl.constexpr):
+    """Return the last sequence whose first program, ``cu // BLOCK_Q + index``, is <= pid."""
+    low = 0
+    high = num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens_ptr + middle) // BLOCK_Q + middle <= pid:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit(do_not_specialize=["num_seqs", "window"])
+def _attention_varlen_kernel(
+    q_ptr,  # [T, H, E]
+    k_cache_ptr,  # [N, S, K, E]
+    v_cache_ptr,  # [N, S, K, E]
+    block_table_ptr,  # [B, MB]
+    cu_seqlens_ptr,  # [B + 1]
+    context_lens_ptr,  # [B]
+    out_ptr,  # [T, H, E]
+    num_seqs,
+    stride_qt,
+    stride_kn,
+    stride_vn,
+    stride_tb,
+    stride_ot,
+    scale,
+    softcap,
+    window,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    pid = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    sequence = _find_sequence(cu_seqlens_ptr, pid, num_seqs, BLOCK_Q)
+    first_row = tl.load(cu_seqlens_ptr + sequence)
+    num_queries = tl.load(cu_seqlens_ptr + sequence + 1) - first_row
+    first_query = (pid - first_row // BLOCK_Q - sequence) * BLOCK_Q
+    if first_query >= num_queries:
+        return
+    num_keys = tl.load(context_lens_ptr + sequence)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_e = tl.arange(0, BLOCK_E)
+    query = first_query + offs_m // GROUP
+    head = kv_head * GROUP + offs_m % GROUP
+    mask_m = (offs_m < BLOCK_Q * GROUP) & (query < num_queries)
+    mask = mask_m[:, None] & (offs_e[None, :] < HEAD_DIM)
+    rows = (first_row + query).to(tl.int64)
+    q_ptrs = q_ptr + (rows * stride_qt + head * HEAD_DIM)[:, None] + offs_e[None, :]
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    first_position = num_keys - num_queries + first_query
+    last_position = tl.minimum(first_position + BLOCK_Q, num_keys) - 1
+    # Rows past the end stay at the last position, so that no row sees more than its program.
+    positions = tl.minimum(first_position + offs_m // GROUP, last_position)
+
+    table_ptr = block_table_ptr + sequence.to(tl.int64) * stride_tb
+    k_ptr = k_cache_ptr + kv_head * HEAD_DIM
+    v_ptr = v_cache_ptr + kv_head * HEAD_DIM
+    STRIDE_SLOT: tl.constexpr = NUM_KV_HEADS * HEAD_DIM
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    # Tiles start at multiples of TILE whatever the queries, so a row's sums have one order.
+    begin = 0
+    whole_begin = 0
+    end = last_position + 1
+    whole_end = tl.maximum(first_position + 1, 0) // TILE * TILE
+    if HAS_WINDOW:
+        begin = tl.maximum(first_position - window + 1, 0) // TILE * TILE
+        whole_begin = (tl.maximum(last_position - window + 1, 0) + TILE - 1) // TILE * TILE
+        whole_begin = tl.minimum(whole_begin, (end + TILE - 1) // TILE * TILE)
+        whole_end = tl.maximum(whole_begin, whole_end)
+        for start in range(begin, whole_begin, TILE):
+            maximum, total, acc = attend_tile(
+                q,
+                maximum,
+                total,
+                acc,
+                k_ptr,
+                v_ptr,
+                table_ptr,
+                stride_kn,
+                stride_vn,
+                start,
+                num_keys,
+                positions,
+                scale,
+                softcap,
+                window,
+                HEAD_DIM,
+                STRIDE_SLOT,
+                BLOCK_SIZE,
+                TILE,
+                BLOCK_E,
+                True,
+                HAS_SOFTCAP,
+                HAS_WINDOW,
+            )
+    for start in range(whole_begin, whole_end, TILE):
+        maximum, total, acc = attend_tile(
+            q,
+            maximum,
+            total,
+            acc,
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            stride_kn,
+            stride_vn,
+            start,
+            num_keys,
+            positions,
+            scale,
+            softcap,
+            window,
+            HEAD_DIM,
+            STRIDE_SLOT,
+            BLOCK_SIZE,
+            TILE,
+            BLOCK_E,
+            False,
+            HAS_SOFTCAP,
+            HAS_WINDOW,
+        )
+    for start in range(whole_end, end, TILE):
+        maximum, total, acc = attend_tile(
+            q,
+            maximum,
+            total,
+            acc,
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            stride_kn,
+            stride_vn,
+            start,
+            num_keys,
+            positions,
+            scale,
+            softcap,
+            window,
+            HEAD_DIM,
+            STRIDE_SLOT,
+            BLOCK_SIZE,
+            TILE,
+            BLOCK_E,
+            True,
+            HAS_SOFTCAP,
+            HAS_WINDOW,
+        )
+    # Only a sequence without keys has rows that saw none.
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    out_ptrs = out_ptr + (rows * stride_ot + head * HEAD_DIM)[:, None] + offs_e[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class AttentionConfig(NamedTuple):
+    """Tile sizes and compile options of a prefill attention launch."""
+
+    block_m: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_config(
+    max_rows: int | None, group: int, head_dim: int, dtype: torch.dtype, arch: int
+) -> AttentionConfig:
+    """Choose the tiles of a launch.
+
+    Args:
+        max_rows: most query rows (queries times `group`) of a sequence, None when unknown.
+        group: query heads a KV head.
+        head_dim: E.
+        dtype: of q and the caches.
+        arch: compute capability, e.g. 90.
+    """
+    wide = head_dim > 128
+    if dtype == torch.float32:
+        # Without tensor cores the accumulator must fit the registers beside both operands.
+        chosen = AttentionConfig(32, 16 if wide else 32, 4, 2)
+    elif max_rows is not None and max_rows <= 16:
+        chosen = AttentionConfig(16, 32 if wide else 64, 4, 2)
+    elif max_rows is not None and max_rows <= 64:
+        chosen = AttentionConfig(64, 32 if wide else 64, 4, 2)
+    elif arch >= 90:
+        chosen = AttentionConfig(128, 64, 8, 2)
+    else:
+        chosen = AttentionConfig(64 if wide else 128, 32 if wide else 64, 8, 2)
+    # One query's heads are the least a program takes.
+    return chosen._replace(block_m=max(chosen.block_m, triton.next_power_of_2(group)))
+
+
+def attention_varlen(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    max_seqlen_q: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    out: Tensor | None = None,
+    config: AttentionConfig | None = None,
+) -> Tensor:
+    """Attend from packed queries to the keys their sequences have in the cache.
+
+    Args:
+        q: [T, H, E], T queries of all sequences one after another.
+        k_cache: [N, S, K, E] with the keys of these queries already written; H % K == 0.
+        v_cache: [N, S, K, E].
+        block_table: [B, MB] int32; entries past a sequence's last block are not read.
+        cu_seqlens_q: [B + 1] int32, first row of each sequence in q, and T.
+        context_lens: [B] int32 keys a sequence; its queries are the last of these positions.
+        scale: factor of the scores.
+        max_seqlen_q: most queries of a sequence, if the host knows; chooses tiles, no more.
+        window: a query at i sees the keys j with i - j < window; None for all.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        sinks: no Triton kernel yet, must be None.
+        alibi_slopes: no Triton kernel yet, must be None.
+        out: [T, H, E] to write to; allocated if None.
+        config: tiles to use instead of the heuristic's.
+
+    Returns:
+        [T, H, E]; zeros for the queries of a sequence without keys.
+
+    Raises:
+        KernelArgumentError: a shape, dtype, device or stride is not as above.
+    """
+    op = "attention_varlen"
+    check_absent(op, sinks=sinks, alibi_slopes=alibi_slopes)
+    check_operands(op, q=q, k_cache=k_cache, v_cache=v_cache, out=out)
+    check_attention(op, q, k_cache, v_cache, block_table, context_lens, window, softcap)
+    num_seqs = block_table.shape[0]
+    check_index(op, "cu_seqlens_q", cu_seqlens_q, num_seqs + 1, torch.int32, q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    check_shape(op, "out", out, tuple(q.shape))
+    require(
+        out[:1].is_contiguous(),
+        f"{op}: the heads of out must follow each other",
+        "contiguous [H, E]",
+        f"strides {out.stride()}",
+        "Allocate out as [T, H, E].",
+    )
+    num_tokens, num_heads, head_dim = q.shape
+    if num_tokens == 0:
+        return out
+    check_launchable(op, q.device)
+    num_kv_heads, block_size = k_cache.shape[2], k_cache.shape[1]
+    group = num_heads // num_kv_heads
+    max_rows = None if max_seqlen_q is None else max_seqlen_q * group
+    config = config or attention_config(max_rows, group, head_dim, q.dtype, device_arch(q.device))
+    grid = (num_tokens // (config.block_m // group) + num_seqs, num_kv_heads)
+    _attention_varlen_kernel[grid](
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        cu_seqlens_q,
+        context_lens,
+        out,
+        num_seqs,
+        q.stride(0),
+        k_cache.stride(0),
+        v_cache.stride(0),
+        block_table.stride(0),
+        out.stride(0),
+        scale,
+        softcap or 0.0,
+        window or 0,
+        **_constants(config, group, num_kv_heads, head_dim, block_size, softcap, window),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch_options(q.device),
+    )
+    return out
+
+
+def _constants(
+    config: AttentionConfig,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    softcap: float | None,
+    window: int | None,
+) -> dict[str, Any]:
+    return {
+        "GROUP": group,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": config.block_m,
+        "TILE": config.tile,
+        "BLOCK_E": triton.next_power_of_2(head_dim),
+        "HAS_SOFTCAP": softcap is not None,
+        "HAS_WINDOW": window is not None,
+    }
+
+
+def audit_cases(arch: int) -> Iterator[LaunchCase]:
+    """Yield the launches the offline audit compiles for an architecture (80 for sm_80)."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for label, dtype, group, head_dim, block_size, max_rows, softcap, window in (
+        ("llama-3.1-8b", bf16, 4, 128, 64, None, None, None),
+        ("llama-3.1-8b blocks of 16", bf16, 4, 128, 16, None, None, None),
+        ("llama-3.1-8b short prompts", bf16, 4, 128, 64, 64, None, None),
+        ("llama-3.1-8b one query", bf16, 4, 128, 64, 4, None, None),
+        ("llama-3.1-8b fp32", fp32, 4, 128, 64, None, None, None),
+        ("smollm2-135m", bf16, 3, 64, 64, None, None, None),
+        ("phi-2 head of 80", bf16, 1, 80, 64, None, None, None),
+        ("gemma-2-9b", bf16, 2, 256, 64, None, 50.0, 4096),
+    ):
+        config = attention_config(max_rows, group, head_dim, dtype, arch)
+        row, slot = 8 * group * head_dim, 8 * head_dim
+        yield LaunchCase(
+            op="attention_varlen",
+            label=label,
+            kernel=_attention_varlen_kernel,
+            args=(
+                *(dtype, dtype, dtype, torch.int32, torch.int32, torch.int32, dtype),
+                *(17, row, block_size * slot, block_size * slot, 128, row),
+                *(0.125, softcap or 0.0, window or 0),
+            ),
+            constants=_constants(config, group, 8, head_dim, block_size, softcap, window),
+            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+            mma=expected_mma(dtype, config.block_m, arch),
+            streams=True,
+        )
+
+
+def expected_mma(dtype: torch.dtype, block_m: int, arch: int) -> Mma:
+    """Return the matrix instruction of attention with `block_m` query rows."""
+    if dtype == torch.float32:
+        return "none"
+    return "HGMMA" if arch >= 90 and block_m >= 64 else "HMMA"
 
 
 def attention_varlen_ref(
@@ -122,4 +577,5 @@ def _explicit_attention(
         column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), -1)
     probs = scores.softmax(-1)[..., :num_keys].unflatten(1, (keys.shape[1], -1))
-    return (probs @ values.float().unsqueeze(2)).flatten(1, 2).to(queries.dtype)
+    result: Tensor = (probs @ values.float().unsqueeze(2)).flatten(1, 2).to(queries.dtype)
+    return result

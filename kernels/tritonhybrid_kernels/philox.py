@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # c0 of a row's single uniform (inverse CDF): no vocabulary id.
@@ -23,6 +25,25 @@ _LARGEST_WORD: Final = 0xFFFFFF7F
 _MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS: Final = (0x9E3779B9, 0xBB67AE85)
 _NUM_ROUNDS: Final = 10
+
+
+@triton.jit
+def philox_uniform(key, c0, c1, c2, c3):
+    """Draw a uniform in (0, 1) from a 64-bit key and four counter words, broadcast."""
+    word, _, _, _ = tl.philox(
+        key, c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
+    )
+    word = tl.minimum(word, 0xFFFFFF7F)
+    return (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+
+
+@triton.jit
+def gumbel(uniform):
+    """Turn a uniform into Gumbel noise -log(-log(1 - u)), accurate where u is near 0."""
+    rest = 1.0 - uniform
+    # Kahan's log1p: the rounding of 1 - u is the same in log and divisor, and cancels.
+    exponential = -tl.log(rest) * (uniform / (1.0 - rest))
+    return -tl.log(tl.where(rest == 1.0, uniform, exponential))
 
 
 def philox_uniform_ref(

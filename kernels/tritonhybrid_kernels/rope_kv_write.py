@@ -1,9 +1,414 @@
-"""Normalise and rotate query and key heads and write keys and values into the paged cache."""
+"""Normalise and rotate query and key heads and write keys and values into the paged cache.
+
+    q = rotate(norm(q)); k_cache[slot] = rotate(norm(k)); v_cache[slot] = v
+
+One launch does what takes a norm, a rotation and a cache write each for q, k and v elsewhere:
+every element is read and written once. A program takes one token and a few heads, so that a
+decode step of one token still fills some multiprocessors.
+
+Layout: heads [T, heads, E] with any row stride; caches [N, S, K, E] with any block stride;
+``slot = block * S + offset``, -1 for a token that is not kept.
+
+Source: Su et al., "RoFormer" (arXiv:2104.09864), in the half-split layout of HF's ``rotate_half``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from tritonhybrid_kernels.launch import (
+    LaunchCase,
+    check_last_stride,
+    check_launchable,
+    check_operands,
+    check_rank,
+    check_shape,
+    launch_options,
+    require,
+)
+from tritonhybrid_kernels.paged_cache import check_heads, check_index, check_paged_cache
+
+
+@triton.jit
+def _load_heads(
+    x_ptr,  # a token's heads [heads, E]
+    norm_ptr,  # [E]
+    cos_ptr,  # a position's [R]
+    sin_ptr,  # a position's [R]
+    offs_h,
+    num_heads,
+    norm_eps,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Load heads, norm and rotate them: both rotary halves and the rest, in the dtype of x."""
+    half: tl.constexpr = ROTARY_DIM // 2
+    offs_half = tl.arange(0, BLOCK_HALF)
+    offs_rest = tl.arange(0, BLOCK_REST)
+    mask_h = offs_h[:, None] < num_heads
+    mask_half = mask_h & (offs_half[None, :] < half)
+    mask_rest = mask_h & (offs_rest[None, :] < HEAD_DIM - ROTARY_DIM)
+    head_ptrs = x_ptr + offs_h[:, None] * HEAD_DIM
+    first = tl.load(head_ptrs + offs_half[None, :], mask=mask_half, other=0.0)
+    second = tl.load(head_ptrs + half + offs_half[None, :], mask=mask_half, other=0.0)
+    rest = tl.load(head_ptrs + ROTARY_DIM + offs_rest[None, :], mask=mask_rest, other=0.0)
+    dtype = first.dtype
+    if HAS_NORM:
+        squares = tl.sum(first.to(tl.float32) * first.to(tl.float32), axis=1)
+        squares += tl.sum(second.to(tl.float32) * second.to(tl.float32), axis=1)
+        squares += tl.sum(rest.to(tl.float32) * rest.to(tl.float32), axis=1)
+        scale = tl.rsqrt(squares / HEAD_DIM + norm_eps)[:, None]
+        in_half = offs_half < half
+        in_rest = offs_rest < HEAD_DIM - ROTARY_DIM
+        w_first = tl.load(norm_ptr + offs_half, mask=in_half, other=0.0)[None, :]
+        w_second = tl.load(norm_ptr + half + offs_half, mask=in_half, other=0.0)[None, :]
+        w_rest = tl.load(norm_ptr + ROTARY_DIM + offs_rest, mask=in_rest, other=0.0)[None, :]
+        first = _weigh((first.to(tl.float32) * scale).to(dtype), w_first)
+        second = _weigh((second.to(tl.float32) * scale).to(dtype), w_second)
+        rest = _weigh((rest.to(tl.float32) * scale).to(dtype), w_rest)
+    if HAS_ROPE:
+        in_half = offs_half < half
+        cos_first = tl.load(cos_ptr + offs_half, mask=in_half, other=0.0)[None, :]
+        cos_second = tl.load(cos_ptr + half + offs_half, mask=in_half, other=0.0)[None, :]
+        sin_first = tl.load(sin_ptr + offs_half, mask=in_half, other=0.0)[None, :]
+        sin_second = tl.load(sin_ptr + half + offs_half, mask=in_half, other=0.0)[None, :]
+        rotated_first = _weigh(first, cos_first).to(tl.float32) - _weigh(second, sin_first).to(
+            tl.float32
+        )
+        rotated_second = _weigh(second, cos_second).to(tl.float32) + _weigh(first, sin_second).to(
+            tl.float32
+        )
+        first = rotated_first.to(dtype)
+        second = rotated_second.to(dtype)
+    return first, second, rest, mask_half, mask_rest
+
+
+@triton.jit
+def _weigh(x, weight):
+    """Multiply in the weight's dtype: exact in fp32, then rounded, as a bf16 product is."""
+    return (x.to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)
+
+
+@triton.jit
+def _rope_kv_write_kernel(
+    q_ptr,  # [T, H, E]
+    k_ptr,  # [T, K, E]
+    v_ptr,  # [T, K, E]
+    cos_ptr,  # [P, R]
+    sin_ptr,  # [P, R]
+    positions_ptr,  # [T]
+    slot_mapping_ptr,  # [T]
+    k_cache_ptr,  # [N, S, K, E]
+    v_cache_ptr,  # [N, S, K, E]
+    q_norm_ptr,  # [E]
+    k_norm_ptr,  # [E]
+    stride_qt,
+    stride_kt,
+    stride_vt,
+    stride_cp,
+    stride_kn,
+    stride_vn,
+    norm_eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    q_groups: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    half: tl.constexpr = ROTARY_DIM // 2
+    offs_half = tl.arange(0, BLOCK_HALF)
+    offs_rest = tl.arange(0, BLOCK_REST)
+    if HAS_ROPE:
+        position = tl.load(positions_ptr + token)
+        cos_ptr += position * stride_cp
+        sin_ptr += position * stride_cp
+    if group < q_groups:
+        offs_h = group * BLOCK_H + tl.arange(0, BLOCK_H)
+        q_ptr += token * stride_qt
+        first, second, rest, mask_half, mask_rest = _load_heads(
+            q_ptr,
+            q_norm_ptr,
+            cos_ptr,
+            sin_ptr,
+            offs_h,
+            NUM_HEADS,
+            norm_eps,
+            HEAD_DIM,
+            ROTARY_DIM,
+            HAS_Q_NORM,
+            HAS_ROPE,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
+        head_ptrs = q_ptr + offs_h[:, None] * HEAD_DIM
+        tl.store(head_ptrs + offs_half[None, :], first, mask=mask_half)
+        tl.store(head_ptrs + half + offs_half[None, :], second, mask=mask_half)
+        tl.store(head_ptrs + ROTARY_DIM + offs_rest[None, :], rest, mask=mask_rest)
+    else:
+        slot = tl.load(slot_mapping_ptr + token)
+        if slot >= 0:
+            offs_h = (group - q_groups) * BLOCK_H + tl.arange(0, BLOCK_H)
+            block = slot // BLOCK_SIZE
+            in_block = (slot % BLOCK_SIZE) * NUM_KV_HEADS * HEAD_DIM
+            first, second, rest, mask_half, mask_rest = _load_heads(
+                k_ptr + token * stride_kt,
+                k_norm_ptr,
+                cos_ptr,
+                sin_ptr,
+                offs_h,
+                NUM_KV_HEADS,
+                norm_eps,
+                HEAD_DIM,
+                ROTARY_DIM,
+                HAS_K_NORM,
+                HAS_ROPE,
+                BLOCK_HALF,
+                BLOCK_REST,
+            )
+            head_ptrs = k_cache_ptr + block * stride_kn + in_block + offs_h[:, None] * HEAD_DIM
+            tl.store(head_ptrs + offs_half[None, :], first, mask=mask_half)
+            tl.store(head_ptrs + half + offs_half[None, :], second, mask=mask_half)
+            tl.store(head_ptrs + ROTARY_DIM + offs_rest[None, :], rest, mask=mask_rest)
+            offs_e = tl.arange(0, BLOCK_E)
+            offs = offs_h[:, None] * HEAD_DIM + offs_e[None, :]
+            mask = (offs_h[:, None] < NUM_KV_HEADS) & (offs_e[None, :] < HEAD_DIM)
+            value = tl.load(v_ptr + token * stride_vt + offs, mask=mask)
+            tl.store(v_cache_ptr + block * stride_vn + in_block + offs, value, mask=mask)
+
+
+def _configuration(
+    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the block sizes and the compile options of a launch."""
+    block_e = triton.next_power_of_2(head_dim)
+    # Few tokens: few heads a program, to spread over the device. Many: 1024 elements a program,
+    # eight to each of 128 threads.
+    heads = 2 if num_tokens < 128 else max(1, 1024 // block_e)
+    blocks = {
+        "BLOCK_H": min(heads, triton.next_power_of_2(max(num_heads, num_kv_heads))),
+        "BLOCK_HALF": triton.next_power_of_2(rotary_dim // 2),
+        "BLOCK_REST": triton.next_power_of_2(max(1, head_dim - rotary_dim)),
+        "BLOCK_E": block_e,
+    }
+    return blocks, {"num_warps": 4 if blocks["BLOCK_H"] * block_e >= 1024 else 1}
+
+
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> None:
+    """Norm and rotate q in place, and write normed, rotated keys and the values to their slots.
+
+    The rotation has HF's rounding: with tables in the dtype of q both products and their sum are
+    rounded to it; with fp32 tables only the result is.
+
+    Args:
+        q: [T, H, E] query heads, overwritten.
+        k: [T, K, E] key heads; left as they are or overwritten, the caller may not rely on either.
+        v: [T, K, E] value heads.
+        cos: [P, R] cosines by position, ``cat(freqs, freqs)`` along R <= E, in the dtype of q or
+            fp32; None for no rotation.
+        sin: [P, R] sines, as `cos`.
+        positions: [T] int64, each in [0, P); not checked.
+        slot_mapping: [T] int64 slots, distinct, each in [0, N * S) or -1: no write; not checked.
+        k_cache: [N, S, K, E], written in place.
+        v_cache: [N, S, K, E], written in place.
+        q_norm_weight: [E] weight of an RMS norm over each query head before the rotation.
+        k_norm_weight: [E] likewise for keys.
+        norm_eps: added to the mean of squares.
+
+    Raises:
+        KernelArgumentError: a shape, dtype, device or stride is not as above.
+    """
+    _check(
+        q, k, v, cos, sin, positions, slot_mapping, k_cache, v_cache, q_norm_weight, k_norm_weight
+    )
+    num_tokens, num_heads, head_dim = q.shape
+    if num_tokens == 0:
+        return
+    check_launchable("rope_kv_write", q.device)
+    num_kv_heads, block_size = k.shape[1], k_cache.shape[1]
+    has_rope = cos is not None and sin is not None
+    rotary_dim = head_dim if cos is None else cos.shape[1]
+    blocks, options = _configuration(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim)
+    groups = triton.cdiv(num_heads, blocks["BLOCK_H"]) + triton.cdiv(
+        num_kv_heads, blocks["BLOCK_H"]
+    )
+    _rope_kv_write_kernel[(num_tokens, groups)](
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        positions,
+        slot_mapping,
+        k_cache,
+        v_cache,
+        q_norm_weight,
+        k_norm_weight,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        0 if cos is None else cos.stride(0),
+        k_cache.stride(0),
+        v_cache.stride(0),
+        norm_eps,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        BLOCK_SIZE=block_size,
+        HAS_Q_NORM=q_norm_weight is not None,
+        HAS_K_NORM=k_norm_weight is not None,
+        HAS_ROPE=has_rope,
+        **blocks,
+        **options,
+        **launch_options(q.device),
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+) -> None:
+    op = "rope_kv_write"
+    check_rank(op, "q", q, 3, "[T, H, E]")
+    check_rank(op, "k", k, 3, "[T, K, E]")
+    num_tokens, _, head_dim = q.shape
+    check_shape(op, "k", k, (num_tokens, k.shape[1], head_dim))
+    check_shape(op, "v", v, (num_tokens, k.shape[1], head_dim))
+    check_paged_cache(op, k_cache, v_cache, head_dim)
+    check_shape(op, "k_cache", k_cache, (*k_cache.shape[:2], k.shape[1], head_dim))
+    check_operands(
+        op,
+        q=q,
+        k=k,
+        v=v,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        q_norm=q_norm_weight,
+        k_norm=k_norm_weight,
+    )
+    for name, heads in (("q", q), ("k", k), ("v", v)):
+        check_heads(op, name, heads)
+    require(
+        (cos is None) == (sin is None),
+        f"{op}: cos and sin come together",
+        "both or neither",
+        "one of them",
+        "Pass both tables, or None for both.",
+    )
+    if cos is not None and sin is not None:
+        check_rank(op, "cos", cos, 2, "[P, R]")
+        check_shape(op, "sin", sin, tuple(cos.shape))
+        check_last_stride(op, "cos", cos)
+        require(
+            sin.stride() == cos.stride() and sin.dtype == cos.dtype,
+            f"{op}: sin must be laid out as cos",
+            f"{cos.dtype} with strides {cos.stride()}",
+            f"{sin.dtype} with strides {sin.stride()}",
+            "Make both contiguous and of one dtype.",
+        )
+        require(
+            cos.dtype in (q.dtype, torch.float32) and cos.device == q.device,
+            f"{op}: the tables must suit q",
+            f"{q.dtype} or float32 on {q.device}",
+            f"{cos.dtype} on {cos.device}",
+            "Cast or move the tables.",
+        )
+    rotary_dim = head_dim if cos is None else cos.shape[1]
+    require(
+        0 < rotary_dim <= head_dim and rotary_dim % 2 == 0,
+        f"{op}: the rotated part of a head must be even and fit the head",
+        f"an even R <= {head_dim}",
+        rotary_dim,
+        "Slice the tables to the model's rotary dimension.",
+    )
+    for name, weight in (("q_norm_weight", q_norm_weight), ("k_norm_weight", k_norm_weight)):
+        if weight is not None:
+            check_shape(op, name, weight, (head_dim,))
+    for name, index in (("positions", positions), ("slot_mapping", slot_mapping)):
+        check_index(op, name, index, num_tokens, torch.int64, q.device)
+
+
+def audit_cases(arch: int) -> Iterator[LaunchCase]:
+    """Yield the launches the offline audit compiles for an architecture (80 for sm_80)."""
+    del arch
+    shapes: tuple[tuple[str, int, int, int, int, int, bool], ...] = (
+        ("llama-3.1-8b decode", 1, 32, 8, 128, 128, False),
+        ("llama-3.1-8b prefill", 4096, 32, 8, 128, 128, False),
+        ("qwen3-8b prefill", 4096, 32, 8, 128, 128, True),
+        ("partial rotary 32 of 80", 4096, 32, 32, 80, 32, False),
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        for label, num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, has_norm in shapes:
+            blocks, options = _configuration(
+                num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim
+            )
+            norm: Any = dtype if has_norm else None
+            row, kv_row = num_heads * head_dim, num_kv_heads * head_dim
+            pointers = (dtype,) * 5 + (torch.int64,) * 2 + (dtype,) * 2 + (norm,) * 2
+            numbers = (row, kv_row, kv_row, rotary_dim, 64 * kv_row, 64 * kv_row, 1e-6)
+            yield LaunchCase(
+                op="rope_kv_write",
+                label=f"{label} {dtype}",
+                kernel=_rope_kv_write_kernel,
+                args=(*pointers, *numbers),
+                constants={
+                    "NUM_HEADS": num_heads,
+                    "NUM_KV_HEADS": num_kv_heads,
+                    "HEAD_DIM": head_dim,
+                    "ROTARY_DIM": rotary_dim,
+                    "BLOCK_SIZE": 64,
+                    "HAS_Q_NORM": has_norm,
+                    "HAS_K_NORM": has_norm,
+                    "HAS_ROPE": True,
+                    **blocks,
+                },
+                options=options,
+                mma="none",
+                streams=num_tokens > 1,
+            )
 
 
 def rope_kv_write_ref(

@@ -1,18 +1,240 @@
-"""Sample one token a row of processed logits by inverting the CDF, with its logprob."""
+"""Sample one token a row of processed logits by inverting the CDF, with its logprob.
+
+    token = min {t : sum_{s <= t} p[s] > u},   p = softmax(logits),   u = philox(key, position, uid)
+
+Two launches: the first reduces each tile of a row to its maximum, that maximum's lowest index and
+its mass; the second finds the tile where the CDF passes u, and the token within that tile. The
+logits are read once, and one tile of them twice. One uniform a row is all the randomness: a row's
+token depends on its logits, key, position and uid, not on the batch around it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from tritonhybrid_kernels.philox import ROW_COUNTER, philox_uniform_ref
+from tritonhybrid_kernels.launch import (
+    LaunchCase,
+    check_last_stride,
+    check_launchable,
+    check_rank,
+    launch_options,
+    require,
+)
+from tritonhybrid_kernels.paged_cache import check_index
+from tritonhybrid_kernels.philox import ROW_COUNTER, philox_uniform, philox_uniform_ref
 
-# Length of the pieces of a row whose masses are summed first; their CDF and that of one piece
-# together are far shorter than the row's.
+# Logits a program reduces: 8 to each of 256 threads.
+_TILE: Final = 2048
+_NUM_WARPS: Final = 8
+
+# Length of the pieces of a row whose masses the torch path sums first; their CDF and that of one
+# piece together are far shorter than the row's.
 _PIECE: Final = 128
+
+
+@triton.jit
+def _tile_stats_kernel(
+    logits_ptr,  # [B, V]
+    maximum_ptr,  # [B, num_tiles] fp32
+    best_ptr,  # [B, num_tiles] int32, lowest index of the maximum
+    mass_ptr,  # [B, num_tiles] fp32, sum of exp(logit - maximum)
+    vocab_size,
+    stride_lb,
+    num_tiles,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    offs = tile * TILE + tl.arange(0, TILE)
+    logits = tl.load(
+        logits_ptr + row * stride_lb + offs, mask=offs < vocab_size, other=float("-inf")
+    )
+    maximum, best = tl.max(logits, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    # A tile of masked tokens has the maximum -inf, and -inf - -inf is NaN.
+    mass = tl.sum(tl.exp(logits - tl.where(maximum == float("-inf"), 0.0, maximum)), axis=0)
+    out = row * num_tiles + tile
+    tl.store(maximum_ptr + out, maximum)
+    tl.store(best_ptr + out, tile * TILE + best)
+    tl.store(mass_ptr + out, mass)
+
+
+@triton.jit
+def _invert_cdf_kernel(
+    logits_ptr,  # [B, V]
+    maximum_ptr,  # [B, num_tiles] fp32
+    best_ptr,  # [B, num_tiles] int32
+    mass_ptr,  # [B, num_tiles] fp32
+    keys_ptr,  # [B] int64
+    uids_ptr,  # [B] int64
+    positions_ptr,  # [B] int64
+    greedy_ptr,  # [B] bool
+    tokens_ptr,  # [B] int64
+    logprobs_ptr,  # [B] fp32
+    vocab_size,
+    stride_lb,
+    num_tiles,
+    ROW_COUNTER: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_t = tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_tiles
+    tiles = row * num_tiles + offs_t
+    maxima = tl.load(maximum_ptr + tiles, mask=mask_t, other=float("-inf"))
+    row_max, best_tile = tl.max(
+        maxima, axis=0, return_indices=True, return_indices_tie_break_left=True
+    )
+    masses = tl.load(mass_ptr + tiles, mask=mask_t, other=0.0) * tl.exp(maxima - row_max)
+    total = tl.sum(masses, axis=0)
+    if tl.load(greedy_ptr + row):
+        token = tl.load(best_ptr + row * num_tiles + best_tile)
+    else:
+        uid = tl.load(uids_ptr + row)
+        counter = tl.full((1,), ROW_COUNTER, tl.uint32)
+        position = tl.load(positions_ptr + row)
+        uniform = philox_uniform(tl.load(keys_ptr + row), counter, position, uid, uid >> 32)
+        target = tl.sum(uniform, axis=0) * total
+        # A parallel scan may fall back by a rounding, so tokens without mass are excluded by
+        # name; where rounding leaves no candidate, the last one with mass ends the CDF.
+        cdf = tl.cumsum(masses, axis=0)
+        has_mass = masses > 0
+        tile = tl.min(tl.where(has_mass & (cdf > target), offs_t, BLOCK_T), axis=0)
+        tile = tl.where(tile < BLOCK_T, tile, tl.max(tl.where(has_mass, offs_t, 0), axis=0))
+        before = tl.sum(tl.where(offs_t < tile, masses, 0.0), axis=0)
+        offs = tl.arange(0, TILE)
+        ids = tile * TILE + offs
+        logits = tl.load(
+            logits_ptr + row * stride_lb + ids, mask=ids < vocab_size, other=float("-inf")
+        )
+        weights = tl.exp(logits - row_max)
+        cdf = before + tl.cumsum(weights, axis=0)
+        has_mass = weights > 0
+        found = tl.min(tl.where(has_mass & (cdf > target), offs, TILE), axis=0)
+        found = tl.where(found < TILE, found, tl.max(tl.where(has_mass, offs, 0), axis=0))
+        token = tile * TILE + found
+    logit = tl.load(logits_ptr + row * stride_lb + token)
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(logprobs_ptr + row, logit - row_max - tl.log(total))
+
+
+def sample_logits(
+    logits: Tensor, keys: Tensor, uids: Tensor, positions: Tensor, greedy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sample one token a row, or take the best, and return its logprob.
+
+    Args:
+        logits: [B, V] fp32 after temperature and filters; masked tokens are -inf, one token a
+            row at least is finite.
+        keys: [B] int64 philox key of a row, mixed from seed and sample index by the caller.
+        uids: [B] int64 of the sequences; counter words 2 and 3.
+        positions: [B] int64 of the sampled tokens; counter word 1.
+        greedy: [B] bool, rows that take the largest logit, the lowest id on ties.
+
+    Returns:
+        Tokens [B] int64, never one of probability 0, and their log softmax [B] fp32.
+
+    Raises:
+        KernelArgumentError: a shape, dtype, device or stride is not as above.
+    """
+    op = "sample_logits"
+    check_rank(op, "logits", logits, 2, "[B, V]")
+    check_last_stride(op, "logits", logits)
+    batch, vocab_size = logits.shape
+    require(
+        logits.dtype == torch.float32 and vocab_size > 0,
+        f"{op}: logits must be float32 over a vocabulary",
+        "float32 [B, V], V > 0",
+        f"{logits.dtype} {list(logits.shape)}",
+        "Cast the logits: sampling in half precision would merge tokens.",
+    )
+    for name, index in (("keys", keys), ("uids", uids), ("positions", positions)):
+        check_index(op, name, index, batch, torch.int64, logits.device)
+    check_index(op, "greedy", greedy, batch, torch.bool, logits.device)
+    device = logits.device
+    tokens = torch.empty(batch, dtype=torch.int64, device=device)
+    logprobs = torch.empty(batch, dtype=torch.float32, device=device)
+    if batch == 0:
+        return tokens, logprobs
+    check_launchable(op, device)
+    num_tiles = triton.cdiv(vocab_size, _TILE)
+    maximum, mass = torch.empty((2, batch, num_tiles), dtype=torch.float32, device=device)
+    best = torch.empty((batch, num_tiles), dtype=torch.int32, device=device)
+    _tile_stats_kernel[(batch, num_tiles)](
+        logits,
+        maximum,
+        best,
+        mass,
+        vocab_size,
+        logits.stride(0),
+        num_tiles,
+        TILE=_TILE,
+        num_warps=_NUM_WARPS,
+        **launch_options(device),
+    )
+    _invert_cdf_kernel[(batch,)](
+        logits,
+        maximum,
+        best,
+        mass,
+        keys,
+        uids,
+        positions,
+        greedy,
+        tokens,
+        logprobs,
+        vocab_size,
+        logits.stride(0),
+        num_tiles,
+        **_invert_constants(num_tiles),
+        num_warps=_NUM_WARPS,
+        **launch_options(device),
+    )
+    return tokens, logprobs
+
+
+def _invert_constants(num_tiles: int) -> dict[str, Any]:
+    return {
+        "ROW_COUNTER": ROW_COUNTER,
+        "TILE": _TILE,
+        "BLOCK_T": triton.next_power_of_2(num_tiles),
+    }
+
+
+def audit_cases(arch: int) -> Iterator[LaunchCase]:
+    """Yield the launches the offline audit compiles for an architecture (80 for sm_80)."""
+    del arch
+    fp32, int64 = torch.float32, torch.int64
+    for vocab_size in (32000, 128256, 151936):
+        num_tiles = triton.cdiv(vocab_size, _TILE)
+        stats = (fp32, torch.int32, fp32)
+        yield LaunchCase(
+            op="sample_logits",
+            label=f"tile stats V={vocab_size}",
+            kernel=_tile_stats_kernel,
+            args=(fp32, *stats, vocab_size, vocab_size, num_tiles),
+            constants={"TILE": _TILE},
+            options={"num_warps": _NUM_WARPS},
+            mma="none",
+            streams=True,
+        )
+        rows = (int64, int64, int64, torch.bool, int64, fp32)
+        yield LaunchCase(
+            op="sample_logits",
+            label=f"inverse CDF V={vocab_size}",
+            kernel=_invert_cdf_kernel,
+            args=(fp32, *stats, *rows, vocab_size, vocab_size, num_tiles),
+            constants=_invert_constants(num_tiles),
+            options={"num_warps": _NUM_WARPS},
+            mma="none",
+            streams=False,
+        )
 
 
 def sample_logits_ref(
