@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Sized
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ class Generation:
         self._verdicts: dict[Hashable, Verdict] = {}
         self._ops: dict[str, Ops] = {}
         self._announced: set[str] = set()
+        self.ops_override: Ops | None = None
+
+    @staticmethod
+    def around_decode() -> AbstractContextManager[None]:
+        """Entered around the device's part of each decode step; a recorder shadows it."""
+        return nullcontext()
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +73,9 @@ class Generation:
         return next(self.module.parameters()).device
 
     def ops(self) -> Ops:
-        """The operations of this call's device."""
+        """The operations of this call's device, or a recorder's."""
+        if self.ops_override is not None:
+            return self.ops_override
         backend = self.config.backend
         if backend == "auto":
             is_triton = self.device.type == "cuda" or is_interpreted()
@@ -203,6 +212,7 @@ class Generation:
                     max_num_seqs=min(self.config.max_num_seqs, len(sequences)),
                     max_blocks=blocks.blocks_for(max_length),
                     device=self.device,
+                    around_decode=self.around_decode,
                 )
                 stats.bind_s += time.perf_counter() - start
                 self._loop(scheduler, runner, stats)
