@@ -18,23 +18,23 @@ EOS = 2
 
 def llama_config(**overrides: Any) -> LlamaConfig:
     """A Llama of three layers whose logits spread enough for greedy tokens to be clear."""
-    settings: dict[str, Any] = dict(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attention_dropout=0.1,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=0,
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "attention_dropout": 0.1,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
         # HF's reference attention; it has the dropout that the config names.
-        attn_implementation="eager",
-    )
+        "attn_implementation": "eager",
+    }
     return LlamaConfig(**(settings | overrides))
 
 
