@@ -132,11 +132,14 @@ def write_json(path: Path, content: dict[str, Any], device: str) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """Return rows as aligned text, for the terminal."""
+    workloads = max((len(row.workload) for row in rows), default=0)
+    providers = max((len(row.provider) for row in rows), default=0)
     lines = []
     for row in rows:
         figures = ""
         if row.figures:
             values = (row.figures.p50, row.figures.p20, row.figures.p80)
-            figures = "{:>10.4g} [{:.4g}, {:.4g}] ".format(*values)
-        lines.append(f"{row.workload:<24} {row.provider:<44} {figures}{row.unit} {row.metric}")
+            figures = "{:>8.4g} [{:.4g}, {:.4g}] ".format(*values)
+        head = f"{row.workload:<{workloads}}  {row.provider:<{providers}}  "
+        lines.append(f"{head}{figures}{row.unit} {row.metric}")
     return "\n".join(lines)
