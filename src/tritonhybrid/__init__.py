@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TritonHybridError,
         UnsupportedModelError,
     )
+    from tritonhybrid.integrations.deepspeed_rollout import TritonRollout
     from tritonhybrid.rollout_output import Completion, RolloutOutput
     from tritonhybrid.sampling_params import SamplingParams
     from tritonhybrid.stats import RolloutStats
@@ -41,6 +42,7 @@ _HOMES = {
     "RolloutStats": "stats",
     "SamplingParams": "sampling_params",
     "TritonHybridError": "errors",
+    "TritonRollout": "integrations.deepspeed_rollout",
     "UnsupportedModelError": "errors",
     "register_policy": "containers.description",
     "unwrap": "engine",
@@ -61,6 +63,7 @@ __all__ = [
     "RolloutStats",
     "SamplingParams",
     "TritonHybridError",
+    "TritonRollout",
     "UnsupportedModelError",
     "register_policy",
     "unwrap",

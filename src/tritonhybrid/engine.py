@@ -178,6 +178,11 @@ class HybridEngine(_Base):
         return _state(self).stats
 
     @property
+    def latency_report(self) -> LatencyReport | None:
+        """DeepSpeed's report of the last eval-to-eval cycle; None before the second eval."""
+        return _state(self).latency
+
+    @property
     def hybrid_config(self) -> HybridConfig:
         """The settings in force."""
         return _state(self).config

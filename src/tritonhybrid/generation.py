@@ -111,6 +111,11 @@ class Generation:
             stats.gather_s = weights.gather_s
             stats.gather_bytes = weights.gather_bytes
             stats.extra_weight_bytes = weights.extra_bytes
+            if weights.strategy == "foreign":
+                stats.note(
+                    "the caller has gathered the weights, at addresses that change each call; "
+                    "ds3_gather_for_generation=False lets this engine gather into its own arena"
+                )
             if weights.was_training and sequences:
                 self._announce(
                     stats,

@@ -243,7 +243,7 @@ class _LaunchWatch(TorchDispatchMode):
     """Sees every kernel of torch's own between the launches."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from tritonhybrid_kernels.ops import OP_NAMES
 
 import tritonhybrid
 from tritonhybrid import SamplingParams
@@ -19,6 +18,7 @@ from tritonhybrid.local_engine import (
     join_ranks,
     leave_ranks,
 )
+from tritonhybrid_kernels.ops import OP_NAMES
 
 SIZES = {
     "hidden_size": 64,

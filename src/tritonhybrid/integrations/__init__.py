@@ -1,0 +1,1 @@
+"""Where trainers plug in."""
