@@ -52,7 +52,8 @@ class LaunchCase:
         options: num_warps, num_stages and other compile options of this launch.
         mma: the matrix instruction that must be found; "tensor_core" is either of "HGMMA" and
             "HMMA"; "none" means there must be none (fp32, norms, samplers).
-        streams: True where the kernel reads bulk data: most of its loads must be 128 bits wide.
+        streams: True where the kernel reads bulk data: its pipelined copies, or without any most
+            of its loads, must be 128 bits wide.
     """
 
     op: str

@@ -57,11 +57,42 @@ def test_a_sound_kernel_passes_with_the_instruction_of_its_architecture(arch, mm
     assert broken == []
     assert report.mma == mma and report.num_mma > 0
     assert report.load_widths[128] == report.load_widths.total() > 0
+    assert report.registers <= 255 and report.num_warps == 4
 
 
 def test_the_gate_sees_narrow_loads():
     _, broken = audit_case(probe(67, torch.bfloat16, 64, 4, "HMMA"), 80)
-    assert len(broken) == 1 and "not 128 bits wide" in broken[0]
+    assert len(broken) == 1 and "not read 128 bits at a time" in broken[0]
+
+
+@triton.jit
+def _pipelined_kernel(x_ptr, w_ptr, y_ptr, depth, stride_w, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x_ptrs = x_ptr + offs[:, None] * depth + offs[None, :]
+    w_ptrs = w_ptr + offs[None, :] * stride_w + offs[:, None]
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for _ in range(0, depth, BLOCK):
+        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc)
+        x_ptrs += BLOCK
+        w_ptrs += BLOCK
+    tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
+
+
+@pytest.mark.parametrize(("stride", "num_broken"), [(512, 0), (514, 1), (513, 1)])
+def test_the_gate_sees_one_narrow_operand_beside_a_wide_one(stride, num_broken):
+    case = LaunchCase(
+        op="probe",
+        label="probe",
+        kernel=_pipelined_kernel,
+        args=(torch.bfloat16, torch.bfloat16, torch.float32, 512, stride),
+        constants={"BLOCK": 64},
+        options={"num_warps": 4, "num_stages": 3},
+        mma="HMMA",
+        streams=True,
+    )
+    report, broken = audit_case(case, 80)
+    assert len(broken) == num_broken
+    assert report.async_widths[128] > 0
 
 
 def test_the_gate_sees_spills():
