@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from tritonhybrid.errors import ConfigError, explain
+
+logger = logging.getLogger("tritonhybrid")
 
 MAGIC = b"GGUF"
 
@@ -59,6 +62,7 @@ def converted_directory(path: Path, dtype: str) -> Path:
         )
     scratch = directory.with_name(f".{directory.name}.{os.getpid()}")
     scratch.mkdir(parents=True)
+    logger.warning("converting %s to %s in %s; this happens once", path.name, dtype, directory)
     try:
         _convert(path, dtype, scratch)
         try:

@@ -11,7 +11,6 @@ import torch
 
 from tritonhybrid.errors import ConfigError, explain
 from tritonhybrid.sampling_params import SamplingParams
-from tritonhybrid.weights.source import WeightSource
 
 
 @dataclass(kw_only=True)
@@ -55,6 +54,9 @@ class HfPeer:
         Args:
             engine: The wrapped engine; its module has this peer's architecture.
         """
+        # Here, because it imports deepspeed, which has to be told the device first.
+        from tritonhybrid.weights.source import WeightSource
+
         source = WeightSource(engine, layers_per_bucket=8, timeout_s=1800.0)
         with source.materialised():
             self.model.load_state_dict(engine.module.state_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,9 @@ def hush() -> None:
     )
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.", category=DeprecationWarning)
     # A name given at run time: transformers' logging module types its re-exports loosely.
-    importlib.import_module("transformers.utils.logging").set_verbosity_error()
+    hf_logging = importlib.import_module("transformers.utils.logging")
+    hf_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tritonhybrid.local_engine import choose_device
+
 REQUIRED = ("torch", "triton", "transformers", "deepspeed", "rich", "matplotlib")
 OPTIONAL = ("gguf", "peft", "accelerate", "trl")
 IMPORTED = (
@@ -125,9 +127,14 @@ def examine_versions(findings: Findings) -> None:
 
 
 def examine_imports(findings: Findings) -> None:
-    """Import what every run imports; a failure is a problem with its own words."""
+    """Import what every run imports; a failure is a problem with its own words.
+
+    DeepSpeed is told the device first, as in every other command.
+    """
     for name in IMPORTED:
         try:
+            if name == "deepspeed":
+                choose_device("auto")
             importlib.import_module(name)
         except Exception as error:
             findings.fail(name, f"import fails with {type(error).__name__}: {error}")

@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--n", type=int, default=1, help="completions a prompt (1)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(64)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (0.7)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(1.0)")
     parser.add_argument("--seed", type=int, default=0, help="fixes the samples (0)")
     parser.add_argument(
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: The model can't be read, or an option is out of range.
         UnsupportedModelError: It is no causal language model.
     """
-    from tritonhybrid.local_engine import LocalEngineConfig, choose_device
+    from tritonhybrid.local_engine import LocalEngineConfig, choose_device, hush
     from tritonhybrid.model_files import ModelFiles
     from tritonhybrid.sampling_params import SamplingParams
 
@@ -95,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     device = choose_device(options.device)
+    hush()
     files = ModelFiles.find(
         options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )

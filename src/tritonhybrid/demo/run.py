@@ -332,6 +332,8 @@ def run_rank(rank: int, settings: DemoSettings, rendezvous: Path, began_at: floa
         record.state = "finished"
     except KeyboardInterrupt:
         record.state = "interrupted"
+        if report is not None:
+            report.say(f"interrupted after {len(record.steps)} GRPO steps")
         return 130
     except BaseException:
         record.state = "failed"
