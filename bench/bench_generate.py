@@ -14,7 +14,6 @@ import argparse
 import copy
 import fnmatch
 import gc
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,11 +22,11 @@ from typing import Any
 
 import peers
 import torch
-from comparison import OURS, Alone, Contestant, Outcome, compare, rows_of
-from engines import deepspeed_engine, free_port, join
+from comparison import OURS, Contestant, Field, Outcome, rows_of
+from engines import deepspeed_engine
 from ours import tritonhybrid_rollout
+from ranks import Job, compare_on_ranks
 from report import ROOT, Row, table, write_csv, write_json
-from two_ranks import Job, compare_on_ranks
 from workloads import DTYPES, WORKLOADS, Workload, build_model
 
 
@@ -41,9 +40,19 @@ class Weights:
         self._rank = rank
         # Made in fp32 and rounded: the gate's weights and the timed ones are the same draw.
         self.model = build_model(workload.model, torch.float32, device).to(self.dtype)
+        self._engines: list[Any] = []
 
     def engine(self, zero: int) -> Any:
-        return deepspeed_engine(copy.deepcopy(self.model), zero, self.dtype)
+        engine = deepspeed_engine(copy.deepcopy(self.model), zero, self.dtype)
+        self._engines.append(engine)
+        return engine
+
+    def close(self) -> None:
+        """Free the engines: DeepSpeed keeps references that outlive the last use."""
+        for engine in self._engines:
+            engine.destroy()
+        self._engines.clear()
+        gc.collect()
 
     def where(self) -> dict[str, Any]:
         return {"rank": self._rank, "device": self._device}
@@ -57,7 +66,7 @@ def contestants(
     device: str,
     zeros: tuple[int, ...],
     chosen: str,
-) -> list[Contestant]:
+) -> Field:
     """Return the contestants that make sense for a workload, HF generate first."""
     weights = Weights(workload, dtype, device, rank)
     everyone = [
@@ -68,7 +77,11 @@ def contestants(
     ]
     if workload.ranks == 1:
         everyone.extend(_on_the_module(weights, workload, device))
-    return [each for each in everyone if each is everyone[0] or fnmatch.fnmatch(each.name, chosen)]
+    reference, *others = everyone
+    # A bracket in a name is a bracket, not a set of characters.
+    pattern = chosen.replace("[", "[[]")
+    kept = [each for each in others if fnmatch.fnmatch(each.name, pattern)]
+    return Field([reference, *kept], weights.close)
 
 
 def _on_the_module(weights: Weights, workload: Workload, device: str) -> Iterator[Contestant]:
@@ -132,22 +145,23 @@ class _Once:
 
 
 def run_workload(workload: Workload, dtype: str, arguments: argparse.Namespace) -> Outcome:
-    chosen = arguments.providers
-    if workload.ranks > 1:
-        field = partial(contestants, device="cpu", zeros=(3,), chosen=chosen)
-        job = Job(field, workload, dtype, arguments.rounds, frozenset())
-        return compare_on_ranks(job, hang_s=arguments.hang_s)
-    drain = torch.cuda.synchronize if arguments.device == "cuda" else lambda: None
-    zeros = tuple(arguments.zero)
-
-    def field_of(dtype: str) -> list[Contestant]:
-        # The models of the gate are gone before those that are timed are made.
-        gc.collect()
-        return contestants(workload, dtype, 0, device=arguments.device, zeros=zeros, chosen=chosen)
-
-    return compare(
-        field_of, dtype, arguments.rounds, Alone(drain), lambda name: print(".", end="", flush=True)
+    several = workload.ranks > 1
+    field = partial(
+        contestants,
+        device=arguments.device,
+        # What several ranks show is gathering.
+        zeros=(3,) if several else tuple(arguments.zero),
+        chosen=arguments.providers,
     )
+    job = Job(
+        field_of=field,
+        workload=workload,
+        dtype=dtype,
+        rounds=arguments.rounds,
+        device=arguments.device,
+        threads=1 if several else arguments.threads,
+    )
+    return compare_on_ranks(job, hang_s=arguments.hang_s)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -157,9 +171,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["fp32"])
     parser.add_argument("--zero", nargs="+", type=int, choices=(0, 1, 2, 3), default=[0, 3])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of a single-rank run")
+    parser.add_argument("--threads", type=int, default=2, help="of a rank; one where several run")
     parser.add_argument("--providers", default="*", help="only those matching, beside hf_generate")
-    parser.add_argument("--hang-s", type=float, default=600.0, help="longest call of two ranks")
+    parser.add_argument("--hang-s", type=float, default=600.0, help="longest answer of a provider")
     parser.add_argument("--tiny", action="store_true", help="try the bench on a tiny model")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/generate.csv")
     return parser.parse_args(arguments)
@@ -167,15 +181,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    # Both print a line a call, into the table.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     workloads = [WORKLOADS[name] for name in arguments.workload or WORKLOADS]
     if arguments.tiny:
         workloads = [workload.shrunk() for workload in workloads]
-    if any(workload.ranks == 1 for workload in workloads):
-        join(0, 1, free_port(), arguments.device)
     rows: list[Row] = []
     runs: list[dict[str, Any]] = []
     for workload in workloads:
@@ -186,9 +194,7 @@ def main() -> int:
             runs.append({"workload": workload.name, "dtype": dtype} | vars(outcome))
             write_csv(arguments.out, rows, arguments.device)
             write_json(arguments.out.with_suffix(".json"), {"runs": runs}, arguments.device)
-            print("\n" + table([row for row in new if row.metric != "greedy_agreement"]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+            print(table([row for row in new if row.metric != "greedy_agreement"]), flush=True)
     wrong = [row for row in rows if row.provider.startswith(OURS) and "failed" in row.metric]
     for row in wrong:
         print(f"{row.workload}: {row.provider} {row.metric}", file=sys.stderr)

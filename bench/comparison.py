@@ -24,30 +24,22 @@ class Contestant:
     make: Callable[[], Provider]
 
 
+@dataclass(frozen=True)
+class Field:
+    """The contestants of one dtype, the reference first, and what frees their memory."""
+
+    contestants: list[Contestant]
+    close: Callable[[], None] = lambda: None
+
+
 class Together(Protocol):
-    """What the ranks of a run agree on; a single rank agrees with itself."""
+    """What the ranks of a run agree on."""
 
     def synchronize(self) -> None: ...
 
     def every(self, flag: bool) -> bool: ...
 
     def slowest(self, seconds: float) -> float: ...
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A run of one rank; `drain` waits for the device."""
-
-    drain: Callable[[], None] = lambda: None
-
-    def synchronize(self) -> None:
-        self.drain()
-
-    def every(self, flag: bool) -> bool:
-        return flag
-
-    def slowest(self, seconds: float) -> float:
-        return seconds
 
 
 @dataclass
@@ -74,7 +66,7 @@ class GateError(RuntimeError):
 
 
 def compare(
-    field_of: Callable[[str], Iterable[Contestant]],
+    field_of: Callable[[str], Field],
     dtype: str,
     rounds: int,
     together: Together,
@@ -84,16 +76,21 @@ def compare(
 
     Args:
         field_of: the contestants for a dtype, all on the same weights.
+        rounds: how often each is timed.
+        together: the ranks this one runs with.
         announce: told each contestant's name before it runs.
 
     Raises:
         GateError: the first contestant, the reference, failed.
     """
     outcome = Outcome()
-    passed = _answer_all(field_of("fp32"), outcome, together, announce, gate=True)
+    contestants = field_of("fp32")
+    passed = _answer_all(contestants.contestants, outcome, together, announce, gate=True)
     if dtype != "fp32":
         del passed
-        passed = _answer_all(field_of(dtype), outcome, together, announce, gate=False)
+        contestants.close()
+        contestants = field_of(dtype)
+        passed = _answer_all(contestants.contestants, outcome, together, announce, gate=False)
     seconds = wall_timer(together.synchronize)
 
     def timer(call: Callable[[], object]) -> float:

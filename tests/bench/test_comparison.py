@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from comparison import Alone, Contestant, GateError, compare, rows_of
+from comparison import Contestant, Field, GateError, compare, rows_of
 from gate import agreement, first_difference
 from provider import Provider
 from timing import interleave
@@ -13,6 +13,19 @@ from workloads import WORKLOADS, log_normal_lengths
 
 TOKENS = [[5, 6, 7], [8, 9, 10]]
 WORKLOAD = WORKLOADS["batch_1"]
+
+
+class Alone:
+    """A single rank agrees with itself."""
+
+    def synchronize(self):
+        pass
+
+    def every(self, flag):
+        return flag
+
+    def slowest(self, seconds):
+        return seconds
 
 
 def answering(name, tokens, calls=None, seconds=0.0):
@@ -38,7 +51,7 @@ def raising(name, error, after=0):
 
 
 def outcome_of(*contestants, dtype="fp32", rounds=3):
-    return compare(lambda dtype: list(contestants), dtype, rounds, Alone())
+    return compare(lambda dtype: Field(list(contestants)), dtype, rounds, Alone())
 
 
 def rows_by_provider(outcome):
@@ -100,14 +113,18 @@ def test_without_the_reference_nothing_is_compared():
 
 
 def test_bf16_is_gated_in_fp32_and_reports_its_own_agreement():
+    closed = []
+
     def field_of(dtype):
         tokens = TOKENS if dtype == "fp32" else [[5, 6, 7], [8, 1, 10]]
-        return [answering("hf_generate", TOKENS), answering("peer", tokens)]
+        contestants = [answering("hf_generate", TOKENS), answering("peer", tokens)]
+        return Field(contestants, lambda: closed.append(dtype))
 
     outcome = compare(field_of, "bf16", 2, Alone())
     assert outcome.failures == {}
     assert outcome.agreement["peer"] == pytest.approx(4 / 6)
     assert len(outcome.seconds["peer"]) == 2
+    assert closed == ["fp32"], "the gate's models are freed before others are made"
 
 
 def test_rounds_are_interleaved_and_start_one_further_each_time():
