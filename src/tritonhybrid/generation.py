@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Sized
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -222,13 +223,13 @@ class Generation:
                 stats.bind_s += time.perf_counter() - start
                 self._loop(scheduler, runner, stats)
         except BaseException:
-            # What a broken step left in the pages (NaN, perhaps) must not meet a later one.
+            # What a broken step left in the pages (NaN, perhaps) or half done in the tables
+            # must not meet a later one.
             self.cache = None
+            self.blocks = None
             raise
-        finally:
-            scheduler.clear()
-            blocks.check_integrity([])
-            stats.preemptions = scheduler.preemptions
+        blocks.check_integrity([])
+        stats.preemptions = scheduler.preemptions
 
     def _loop(self, scheduler: Scheduler, runner: Runner, stats: RolloutStats) -> None:
         while scheduler.has_work:
@@ -317,4 +318,10 @@ def _blocks_wanted(sequences: Sized[Sequence], block_size: int, max_num_seqs: in
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    # sysconf's free pages leave out the file cache, which gives way; the kernel's own estimate
+    # counts it.
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

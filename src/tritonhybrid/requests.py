@@ -155,7 +155,8 @@ def _ragged(prompts: Any, attention_mask: torch.Tensor | None) -> list[tuple[int
             "one flat list",
             "Wrap the prompt in a list.",
         )
-    return [tuple(p.tolist() if isinstance(p, torch.Tensor) else p) for p in prompts]
+    # Tensors and numpy arrays give Python integers.
+    return [tuple(p.tolist() if hasattr(p, "tolist") else p) for p in prompts]
 
 
 def _one_each(sampling: SamplingParams | Sized[SamplingParams], count: int) -> list[SamplingParams]:
