@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma
 from tritonhybrid_kernels.launch import (
     LaunchCase,
-    Mma,
     check_launchable,
     check_operands,
     check_shape,
@@ -36,77 +36,6 @@ from tritonhybrid_kernels.launch import (
     require,
 )
 from tritonhybrid_kernels.paged_cache import check_absent, check_attention, check_index
-from tritonhybrid_kernels.softcap import softcap_fp32
-
-
-@triton.jit
-def attend_tile(
-    q,  # [BLOCK_M, BLOCK_E]
-    maximum,  # [BLOCK_M] running row maximum, base 2
-    total,  # [BLOCK_M] running sum of weights
-    acc,  # [BLOCK_M, BLOCK_E] fp32
-    k_ptr,  # [N, S, K, E] at a KV head
-    v_ptr,  # [N, S, K, E] at a KV head
-    table_ptr,  # a sequence's row of the block table
-    stride_kn,
-    stride_vn,
-    start,
-    num_keys,
-    positions,  # [BLOCK_M] of the rows' queries
-    scale,
-    softcap,
-    window,
-    HEAD_DIM: tl.constexpr,
-    STRIDE_SLOT: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    MASKED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """Take the keys [start, start + TILE) into the online softmax of each row."""
-    offs_e = tl.arange(0, BLOCK_E)
-    keys = start + tl.arange(0, TILE)
-    if BLOCK_SIZE % TILE == 0:
-        # The tile lies in one block: one scalar read of the table.
-        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        slots = (keys % BLOCK_SIZE) * STRIDE_SLOT
-    else:
-        # Past the last key the table holds no block number.
-        block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < num_keys, other=0).to(tl.int64)
-        slots = (keys % BLOCK_SIZE) * STRIDE_SLOT
-    k_ptrs = k_ptr + (block * stride_kn + slots)[:, None] + offs_e[None, :]
-    v_ptrs = v_ptr + (block * stride_vn + slots)[:, None] + offs_e[None, :]
-    in_head = offs_e[None, :] < HEAD_DIM
-    if MASKED:
-        readable = (keys < num_keys)[:, None] & in_head
-        k = tl.load(k_ptrs, mask=readable, other=0.0)
-        v = tl.load(v_ptrs, mask=readable, other=0.0)
-    elif HEAD_DIM == BLOCK_E:
-        k = tl.load(k_ptrs)
-        v = tl.load(v_ptrs)
-    else:
-        k = tl.load(k_ptrs, mask=in_head, other=0.0)
-        v = tl.load(v_ptrs, mask=in_head, other=0.0)
-    # Scaled after the product, in fp32: a pre-scaled bf16 q would be rounded once more.
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if HAS_SOFTCAP:
-        scores = softcap_fp32(scores, softcap)
-    scores *= 1.4426950408889634
-    if MASKED:
-        visible = keys[None, :] <= positions[:, None]
-        if HAS_WINDOW:
-            visible &= positions[:, None] - keys[None, :] < window
-        scores = tl.where(visible, scores, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-    # A row that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
-    safe_maximum = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weights = tl.exp2(scores - safe_maximum[:, None])
-    decay = tl.exp2(maximum - safe_maximum)
-    total = total * decay + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return new_maximum, total, acc
 
 
 @triton.jit
@@ -300,13 +229,13 @@ def attention_config(
     wide = head_dim > 128
     if dtype == torch.float32:
         # Without tensor cores the accumulator must fit the registers beside both operands.
-        chosen = AttentionConfig(32, 16 if wide else 32, 4, 2)
+        chosen = AttentionConfig(32, 16, 8, 2)
     elif max_rows is not None and max_rows <= 16:
         chosen = AttentionConfig(16, 32 if wide else 64, 4, 2)
     elif max_rows is not None and max_rows <= 64:
-        chosen = AttentionConfig(64, 32 if wide else 64, 4, 2)
+        chosen = AttentionConfig(64, 32 if wide else 64, 4 if arch >= 90 else 8, 2)
     elif arch >= 90:
-        chosen = AttentionConfig(128, 64, 8, 2)
+        chosen = AttentionConfig(128, 32 if wide else 64, 8, 2)
     else:
         chosen = AttentionConfig(64 if wide else 128, 32 if wide else 64, 8, 2)
     # One query's heads are the least a program takes.
@@ -435,6 +364,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
         ("llama-3.1-8b short prompts", bf16, 4, 128, 64, 64, None, None),
         ("llama-3.1-8b one query", bf16, 4, 128, 64, 4, None, None),
         ("llama-3.1-8b fp32", fp32, 4, 128, 64, None, None, None),
+        ("gemma-2-9b fp32", fp32, 2, 256, 64, None, 50.0, 4096),
         ("smollm2-135m", bf16, 3, 64, 64, None, None, None),
         ("phi-2 head of 80", bf16, 1, 80, 64, None, None, None),
         ("gemma-2-9b", bf16, 2, 256, 64, None, 50.0, 4096),
@@ -455,13 +385,6 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
             mma=expected_mma(dtype, config.block_m, arch),
             streams=True,
         )
-
-
-def expected_mma(dtype: torch.dtype, block_m: int, arch: int) -> Mma:
-    """Return the matrix instruction of attention with `block_m` query rows."""
-    if dtype == torch.float32:
-        return "none"
-    return "HGMMA" if arch >= 90 and block_m >= 64 else "HMMA"
 
 
 def attention_varlen_ref(

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonhybrid_kernels.attention_varlen import attend_tile, attention_varlen_ref, expected_mma
+from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma
+from tritonhybrid_kernels.attention_varlen import attention_varlen_ref
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     check_launchable,
@@ -211,8 +212,10 @@ def decode_config(group: int, head_dim: int, dtype: torch.dtype) -> DecodeConfig
     # The matrix instruction takes 16 rows at least.
     block_m = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
-        return DecodeConfig(block_m, 16 if head_dim > 128 else 32, 4, 2)
-    return DecodeConfig(block_m, 32 if head_dim > 128 else 64, 4, 3)
+        return DecodeConfig(block_m, 16 if head_dim > 128 else 32, 8, 2)
+    # The table read before a tile takes half of the pipeline's stages: five keep two tiles of
+    # keys and values in flight.
+    return DecodeConfig(block_m, 32 if head_dim > 128 else 64, 4 if block_m <= 32 else 8, 5)
 
 
 def num_splits_for(
@@ -400,6 +403,8 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
         ("llama-3.1-8b one split", bf16, 4, 128, 64, False, None, None),
         ("llama-3.1-8b blocks of 16", bf16, 4, 128, 16, True, None, None),
         ("llama-3.1-8b fp32", fp32, 4, 128, 64, True, None, None),
+        ("gemma-2-9b fp32", fp32, 2, 256, 64, True, 50.0, 4096),
+        ("falcon-7b", bf16, 71, 64, 64, True, None, None),
         ("smollm2-135m", bf16, 3, 64, 64, True, None, None),
         ("phi-2 head of 80", bf16, 1, 80, 64, True, None, None),
         ("gemma-2-9b", bf16, 2, 256, 64, True, 50.0, 4096),

@@ -197,12 +197,17 @@ def _rope_kv_write_kernel(
 
 
 def _configuration(
-    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    element_bytes: int,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the block sizes and the compile options of a launch."""
     block_e = triton.next_power_of_2(head_dim)
     # Few tokens: few heads a program, to spread over the device. Many: 1024 elements a program,
-    # eight to each of 128 threads.
+    # and as many threads as leave 16 bytes of a rotary half to each.
     heads = 2 if num_tokens < 128 else max(1, 1024 // block_e)
     blocks = {
         "BLOCK_H": min(heads, triton.next_power_of_2(max(num_heads, num_kv_heads))),
@@ -210,7 +215,8 @@ def _configuration(
         "BLOCK_REST": triton.next_power_of_2(max(1, head_dim - rotary_dim)),
         "BLOCK_E": block_e,
     }
-    return blocks, {"num_warps": 4 if blocks["BLOCK_H"] * block_e >= 1024 else 1}
+    is_full = blocks["BLOCK_H"] * block_e >= 1024
+    return blocks, {"num_warps": element_bytes if is_full else 1}
 
 
 def rope_kv_write(
@@ -261,7 +267,9 @@ def rope_kv_write(
     num_kv_heads, block_size = k.shape[1], k_cache.shape[1]
     has_rope = cos is not None and sin is not None
     rotary_dim = head_dim if cos is None else cos.shape[1]
-    blocks, options = _configuration(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim)
+    blocks, options = _configuration(
+        num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, q.element_size()
+    )
     groups = triton.cdiv(num_heads, blocks["BLOCK_H"]) + triton.cdiv(
         num_kv_heads, blocks["BLOCK_H"]
     )
@@ -383,7 +391,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
     for dtype in (torch.bfloat16, torch.float32):
         for label, num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, has_norm in shapes:
             blocks, options = _configuration(
-                num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim
+                num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype.itemsize
             )
             norm: Any = dtype if has_norm else None
             row, kv_row = num_heads * head_dim, num_kv_heads * head_dim
@@ -407,7 +415,8 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                 },
                 options=options,
                 mma="none",
-                streams=num_tokens > 1,
+                # A partial rotation cuts a head at places that are no multiple of 16 bytes.
+                streams=num_tokens > 1 and rotary_dim == head_dim,
             )
 
 
@@ -445,16 +454,18 @@ def rope_kv_write_ref(
         sin_t[..., : sin_t.shape[-1] // 2].neg_()
         _rotate_(q, cos_t, sin_t)
         _rotate_(k, cos_t, sin_t)
-    num_blocks, block_size, num_kv_heads, head_dim = k_cache.shape
-    slots = num_blocks * block_size
     # A list of host memory on the CPU, where the copies below refuse negative indices. On a
     # device this waits for it: there the kernel is the path that reads nothing.
     if min(slot_mapping.tolist()) < 0:
         kept = (slot_mapping >= 0).nonzero().squeeze(1)
         slot_mapping = slot_mapping[kept]
         k, v = k[kept], v[kept]
-    k_cache.view(slots, num_kv_heads, head_dim).index_copy_(0, slot_mapping, k)
-    v_cache.view(slots, num_kv_heads, head_dim).index_copy_(0, slot_mapping, v)
+    block_size = k_cache.shape[1]
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        if cache.is_contiguous():
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, rows)
+        else:
+            cache.index_put_((slot_mapping // block_size, slot_mapping % block_size), rows)
 
 
 def _head_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

