@@ -172,10 +172,11 @@ def _streams_wide(report: KernelReport) -> bool:
     if not pipelined:
         return direct[128] * 2 > direct.total()
     # Beside its tiles a pipelined kernel copies a few block table entries of 32 bits; an operand
-    # copied 32 bits at a time would need four copies for each wide one. 16-bit elements can't be
+    # copied 32 bits at a time takes four copies for each wide one. 16-bit elements can't be
     # copied asynchronously: a tile read element by element shows among the direct loads.
+    entries = pipelined.total() - pipelined[128]
     elements = sum(count for width, count in direct.items() if width <= 16)
-    return pipelined[128] >= 4 * (pipelined.total() - pipelined[128]) and elements < pipelined[128]
+    return pipelined[128] >= 2 * entries and pipelined[128] > elements
 
 
 def audit_case(case: LaunchCase, arch: int) -> tuple[KernelReport, list[str]]:
