@@ -94,7 +94,7 @@ def _on_the_module(weights: Weights, workload: Workload, device: str) -> Iterato
             yield Contestant(name, partial(make, weights.model, workload, device=device))
     yield Contestant(
         "transformers_generate_batch",
-        partial(peers.transformers_generate_batch, weights.model, workload),
+        lambda: peers.transformers_generate_batch(copy.deepcopy(weights.model), workload),
     )
 
 

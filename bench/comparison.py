@@ -87,7 +87,7 @@ def compare(
     contestants = field_of("fp32")
     passed = _answer_all(contestants.contestants, outcome, together, announce, gate=True)
     if dtype != "fp32":
-        del passed
+        _close(passed)
         contestants.close()
         contestants = field_of(dtype)
         passed = _answer_all(contestants.contestants, outcome, together, announce, gate=False)
@@ -121,7 +121,15 @@ def compare(
         outcome.failures[name] = f"failed while timed: {error}"
     for provider in passed:
         outcome.facts[provider.name] = provider.facts()
+    _close(passed)
+    contestants.close()
     return outcome
+
+
+def _close(providers: list[Provider]) -> None:
+    for provider in providers:
+        provider.close()
+    providers.clear()
 
 
 def _answer_all(
@@ -144,13 +152,16 @@ def _answer_all(
         announce(name)
         tokens: Tokens = []
         failure = ""
+        made: Provider | None = None
         try:
-            provider = dataclasses.replace(contestant.make(), name=name)
-            tokens = provider.run()
+            made = dataclasses.replace(contestant.make(), name=name)
+            tokens = made.run()
         except Exception as error:
             failure = f"failed: {describe_error(error)}"
         if not together.every(not failure):
             outcome.failures[name] = failure or "failed: another rank failed"
+            if made is not None:
+                made.close()
             if reference is None:
                 raise GateError(f"the reference {name} {outcome.failures[name]}")
             continue
@@ -161,8 +172,9 @@ def _answer_all(
             if not together.every(difference is None):
                 place = difference or "another rank's tokens differ"
                 outcome.failures[name] = f"gate failed: {place} (fp32 greedy)"
+                made.close()
                 continue
-        passed.append(provider)
+        passed.append(made)
     return passed
 
 

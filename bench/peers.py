@@ -122,7 +122,14 @@ def hf_shared_prefix(model: Any, workload: Workload, *, device: str = "cpu") -> 
 
 
 def transformers_generate_batch(model: Any, workload: Workload) -> Provider:
-    """transformers' continuous batching, with each request's own length."""
+    """transformers' continuous batching, with each request's own length.
+
+    Args:
+        model: its own copy, since it switches the model to its paged attention.
+
+    The manager stays up between calls, as a trainer would keep it: ``generate_batch`` itself
+    starts and stops one a call, and stopping alone takes a second.
+    """
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -130,6 +137,7 @@ def transformers_generate_batch(model: Any, workload: Workload) -> Provider:
     lengths = workload.lengths()
     page_size = 64
     pages_each = -(-(workload.prompt_len + workload.longest) // page_size)
+    attention = model.config._attn_implementation
     # -1 is its spelling of "no EOS".
     greedy = GenerationConfig(
         do_sample=False,
@@ -143,46 +151,42 @@ def transformers_generate_batch(model: Any, workload: Workload) -> Provider:
         num_blocks=pages_each * len(prompts) + 8,
         max_batch_tokens=max(512, 2 * workload.prompt_len),
     )
-    switched = model.config._attn_implementation
-
-    @contextlib.contextmanager
-    def attention_restored() -> Iterator[None]:
-        # It switches the model to its paged attention; the other providers share the model.
-        try:
-            yield
-        finally:
-            model.set_attn_implementation(switched)
+    manager = model.init_continuous_batching(
+        generation_config=greedy, continuous_batching_config=config
+    )
 
     @torch.no_grad()
     def run() -> Tokens:
-        with (
-            attention_restored(),
-            model.continuous_batching_context_manager(
-                generation_config=greedy, continuous_batching_config=config, block=True, timeout=5
-            ) as manager,
-        ):
-            names = [
-                manager.add_request(prompt, max_new_tokens=length)
-                for prompt, length in zip(prompts, lengths, strict=True)
-            ]
-            answers: dict[str, list[int]] = {}
-            while len(answers) < len(names):
-                result = manager.get_result(timeout=1)
-                if result is None:
-                    if not manager.is_running():
-                        raise RuntimeError(
-                            f"generate_batch stopped after {len(answers)} of {len(names)} requests"
-                        )
-                elif result.is_finished():
-                    if result.error is not None:
-                        raise RuntimeError(f"generate_batch: {result.error}")
-                    answers[result.request_id] = list(result.generated_tokens)
+        if not manager.is_running():
+            manager.warmup()
+            manager.start()
+        names = [
+            manager.add_request(prompt, max_new_tokens=length)
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
+        answers: dict[str, list[int]] = {}
+        while len(answers) < len(names):
+            result = manager.get_result(timeout=1)
+            if result is None:
+                if not manager.is_running():
+                    raise RuntimeError(
+                        f"generate_batch stopped after {len(answers)} of {len(names)} requests"
+                    )
+            elif result.is_finished():
+                if result.error is not None:
+                    raise RuntimeError(f"generate_batch: {result.error}")
+                answers[result.request_id] = list(result.generated_tokens)
         return [answers[name] for name in names]
+
+    def close() -> None:
+        if manager.is_running():
+            manager.stop(block=True, timeout=5)
 
     return Provider(
         name="transformers_generate_batch",
         run=run,
-        facts=lambda: _facts(model, attention=f"paged|{switched}", graph="its own default"),
+        facts=lambda: _facts(model, attention=f"paged|{attention}", graph="its own default"),
+        close=close,
     )
 
 

@@ -16,9 +16,9 @@ class Provider:
         name: as it stands in the result files.
         run: answers the whole workload and returns the real tokens of each sample.
         facts: attention backend, compile and graph state, and what else explains the figure;
-            called after a run.
     """
 
     name: str
     run: Callable[[], Tokens]
     facts: Callable[[], dict[str, str]] = field(default=dict)
+    close: Callable[[], None] = lambda: None

@@ -107,24 +107,38 @@ def test_a_contestant_that_cannot_be_made_is_a_failed_row():
     assert outcome.failures["peer"].startswith("failed: ModuleNotFoundError: No module named")
 
 
+def test_what_runs_in_the_background_is_ended_for_winners_and_losers_alike():
+    ended = []
+
+    def contestant(name, tokens):
+        def make():
+            return Provider(name=name, run=lambda: tokens, close=lambda: ended.append(name))
+
+        return Contestant(name, make)
+
+    outcome_of(contestant("hf_generate", TOKENS), contestant("peer", [[1]]))
+    assert sorted(ended) == ["hf_generate", "peer"]
+
+
 def test_without_the_reference_nothing_is_compared():
     with pytest.raises(GateError, match="the reference hf_generate failed: OSError: no weights"):
         outcome_of(raising("hf_generate", OSError("no weights")), answering("peer", TOKENS))
 
 
 def test_bf16_is_gated_in_fp32_and_reports_its_own_agreement():
-    closed = []
+    events = []
 
     def field_of(dtype):
+        events.append(f"made {dtype}")
         tokens = TOKENS if dtype == "fp32" else [[5, 6, 7], [8, 1, 10]]
         contestants = [answering("hf_generate", TOKENS), answering("peer", tokens)]
-        return Field(contestants, lambda: closed.append(dtype))
+        return Field(contestants, lambda: events.append(f"freed {dtype}"))
 
     outcome = compare(field_of, "bf16", 2, Alone())
     assert outcome.failures == {}
     assert outcome.agreement["peer"] == pytest.approx(4 / 6)
     assert len(outcome.seconds["peer"]) == 2
-    assert closed == ["fp32"], "the gate's models are freed before others are made"
+    assert events == ["made fp32", "freed fp32", "made bf16", "freed bf16"]
 
 
 def test_rounds_are_interleaved_and_start_one_further_each_time():
