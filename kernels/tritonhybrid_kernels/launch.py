@@ -155,30 +155,32 @@ def check_operands(op: str, **tensors: torch.Tensor | None) -> None:
         KernelArgumentError: dtype is not fp32, fp16 or bf16, or device, dtype or last stride of
             one operand differs.
     """
-    first: torch.Tensor | None = None
+    # On the path of every launch: attributes are read once, and words are found only on error.
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if first is None:
-            first = tensor
-            if tensor.dtype not in FLOAT_DTYPES:
+        if dtype is None:
+            dtype, device = tensor.dtype, tensor.device
+            if dtype not in FLOAT_DTYPES:
                 raise reject(
                     f"{op}: {name} must be a float tensor",
                     "float32, float16 or bfloat16",
-                    tensor.dtype,
+                    dtype,
                     "Cast the operands to one of these.",
                 )
-        elif tensor.dtype != first.dtype:
+        elif tensor.dtype != dtype:
             raise reject(
                 f"{op}: operands must share one dtype",
-                first.dtype,
+                dtype,
                 f"{name} of {tensor.dtype}",
                 "Cast them to one dtype.",
             )
-        elif tensor.device != first.device:
+        elif tensor.device != device:
             raise reject(
                 f"{op}: operands must be on one device",
-                first.device,
+                device,
                 f"{name} on {tensor.device}",
                 "Move them to one device.",
             )
@@ -192,11 +194,12 @@ def check_last_stride(op: str, name: str, tensor: torch.Tensor) -> None:
         KernelArgumentError: the last stride is not 1 and the last dimension has more than one
             element.
     """
-    if tensor.dim() and tensor.stride(-1) != 1 and tensor.size(-1) > 1:
+    strides = tensor.stride()
+    if strides and strides[-1] != 1 and tensor.shape[-1] > 1:
         raise reject(
             f"{op}: {name} must be contiguous in its last dimension",
             "last stride 1",
-            f"strides {tensor.stride()}",
+            f"strides {strides}",
             "Call .contiguous() on it.",
         )
 
