@@ -229,7 +229,7 @@ def attention_config(
     wide = head_dim > 128
     if dtype == torch.float32:
         # Without tensor cores the accumulator must fit the registers beside both operands.
-        chosen = AttentionConfig(32, 16, 8, 2)
+        chosen = AttentionConfig(16 if wide else 32, 16, 8, 2)
     elif max_rows is not None and max_rows <= 16:
         chosen = AttentionConfig(16, 32 if wide else 64, 4, 2)
     elif max_rows is not None and max_rows <= 64:
