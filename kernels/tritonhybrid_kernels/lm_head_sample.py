@@ -330,9 +330,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
             constants=_constants(config, depth, False, softcap is not None),
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             mma=mma,
-            # With many rows their keys, uids and positions, read once, outnumber in the listing
-            # the loop's loads, which stay 128 bits wide.
-            streams=config.block_b <= 16,
+            streams=True,
         )
     for num_tiles in (1002, 2000):
         yield LaunchCase(
