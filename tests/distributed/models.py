@@ -115,7 +115,8 @@ def ragged_prompts(count: int, seed: int = 0) -> list[list[int]]:
 def plain_copy(engine: Any) -> Any:
     """A module outside DeepSpeed with the engine's weights of now; every rank must call this."""
     module = engine.module
-    clone = type(module)(copy.deepcopy(module.config)).to(next(module.parameters()).dtype)
+    with torch.random.fork_rng(devices=[]):
+        clone = type(module)(copy.deepcopy(module.config)).to(next(module.parameters()).dtype)
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
         clone.load_state_dict({k: v.clone() for k, v in module.state_dict().items()})
     return clone.eval()

@@ -73,6 +73,7 @@ class RankPool:
         Raises:
             RankError: A rank raised, hung or died. The pool starts afresh next time.
         """
+        __tracebackhide__ = True
         if not self._processes:
             self._start()
         job = (function.__code__.co_filename, function.__name__, args)
@@ -108,6 +109,7 @@ class RankPool:
         self._collect(_START_TIMEOUT_S)
 
     def _collect(self, timeout_s: float) -> list[Any]:
+        __tracebackhide__ = True
         deadline = time.monotonic() + timeout_s
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
