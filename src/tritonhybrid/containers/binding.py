@@ -7,13 +7,12 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.fused import FusedLayer, RopeTable
 from tritonhybrid.containers.generic import ATTENTION_NAME, BATCH_KWARG, PagedStep
 from tritonhybrid.containers.head import Head
-from tritonhybrid.containers.parts import ModelParts
+from tritonhybrid.containers.parts import ModelParts, configs
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan
 from tritonhybrid.containers.projection import is_plain
@@ -150,7 +149,7 @@ class Binding:
 
     def _bind_attention(self) -> None:
         """Point HF's layers at our attention; it finds the step on its own module."""
-        for config in _configs(self.parts.model):
+        for config in configs(self.parts.model):
             self._patches.set(config, "_attn_implementation_internal", ATTENTION_NAME)
         for plan, layer in zip(self.plans, self.parts.layers, strict=True):
             if plan.path == "generic":
@@ -166,13 +165,3 @@ class Binding:
         probe = torch.empty(1, 1, 1, dtype=self._cache.keys[0].dtype, device=device)
         cos, sin = rotary(probe, position_ids=positions)
         return RopeTable(cos[0].contiguous(), sin[0].contiguous())
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    for config in list(configs.values()):
-        for name in getattr(config, "sub_configs", None) or {}:
-            child = getattr(config, name, None)
-            if child is not None:
-                configs[id(child)] = child
-    return [c for c in configs.values() if "_attn_implementation_internal" in c.__dict__]

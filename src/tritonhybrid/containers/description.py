@@ -8,7 +8,7 @@ described from its own structure. Whoever says it, the bind-time probe checks it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -138,7 +138,8 @@ def describe_from_structure(layer: nn.Module) -> LayerDescription:
         raise NotDescribableError(f"activation {getattr(config, 'hidden_act', None)!r}")
     head_dim = int(attention.head_dim)
     has_qk_norm = hasattr(attention, "q_norm")
-    window = getattr(attention, "sliding_window", None)
+    # Families with layers of both kinds keep it on the module, the others read the config.
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     return LayerDescription(
         num_heads=attention.q_proj.out_features // head_dim,
         num_kv_heads=attention.k_proj.out_features // head_dim,
@@ -170,8 +171,18 @@ def _require_children(module: nn.Module, name: str, required: set[str], optional
         raise NotDescribableError(f"{name} has submodules {sorted(found)}")
 
 
-for _family, _name in (("llama", "Llama"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")):
+def _describe_gemma(layer: nn.Module) -> LayerDescription:
+    """Gemma's norms multiply by one plus their weight."""
+    return replace(describe_from_structure(layer), norm_weight_offset=1.0)
+
+
+for _family, _name, _policy in (
+    ("gemma", "Gemma", _describe_gemma),
+    ("llama", "Llama", describe_from_structure),
+    ("mistral", "Mistral", describe_from_structure),
+    ("qwen2", "Qwen2", describe_from_structure),
+    ("qwen3", "Qwen3", describe_from_structure),
+):
     register_policy(
-        f"transformers.models.{_family}.modeling_{_family}.{_name}DecoderLayer",
-        describe_from_structure,
+        f"transformers.models.{_family}.modeling_{_family}.{_name}DecoderLayer", _policy
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,13 @@ def causal_model(module: nn.Module) -> PreTrainedModel:
     return model
 
 
+def own_generate(module: nn.Module) -> Callable[..., Any]:
+    """The generate of a module's class; a PEFT wrapper without one has its base model's."""
+    owner = module if hasattr(type(module), "generate") else causal_model(module)
+    bound: Callable[..., Any] = type(owner).generate.__get__(owner)  # type: ignore[attr-defined]
+    return bound
+
+
 def find_parts(module: nn.Module) -> ModelParts | None:
     """Locate the joints; None where the model is not built around a list of layers.
 
@@ -93,6 +101,17 @@ def find_parts(module: nn.Module) -> ModelParts | None:
         head=head,
         config=config,
     )
+
+
+def configs(model: nn.Module) -> list[Any]:
+    """Every configuration that a model's code may read, sub-configurations too."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    for config in list(found.values()):
+        for name in getattr(config, "sub_configs", None) or {}:
+            child = getattr(config, name, None)
+            if child is not None:
+                found[id(child)] = child
+    return [c for c in found.values() if "_attn_implementation_internal" in c.__dict__]
 
 
 def qualified_name(module: nn.Module) -> str:
