@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.fused import attend
+from tritonhybrid.errors import UnsupportedModelError, explain
 from tritonhybrid.kv_cache import PagedKVCache
 from tritonhybrid_kernels.ops import Ops
 
@@ -91,6 +92,16 @@ def paged_attention(
     """
     step: PagedStep = kwargs.get(BATCH_KWARG) or module.__dict__[BATCH_KWARG]
     assert step.batch is not None
+    if attention_mask is not None:
+        # A model that adds to the mask itself (sparse indexers do); the probe demotes it.
+        raise UnsupportedModelError(
+            explain(
+                "Attention over pages takes no mask",
+                expected="none",
+                got=f"one that {type(module).__name__} made itself",
+                hint="HF's own loop serves such a model.",
+            )
+        )
     step.num_attentions += 1
     index: int = module.layer_idx  # type: ignore[assignment]
     features = {

@@ -82,8 +82,6 @@ def unsuited(parts: ModelParts, max_length: int | None) -> str | None:
         parts.outer.active_peft_config, "is_prompt_learning", False
     ):
         return "PEFT prompt learning puts virtual tokens before the prompt"
-    if not getattr(parts.model, "_supports_attention_backend", False):
-        return f"{type(parts.model).__name__} is not on HF's attention interface"
     return None
 
 
