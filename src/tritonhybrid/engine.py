@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tritonhybrid.config import HybridConfig, resolve
-from tritonhybrid.containers.parts import causal_model
+from tritonhybrid.containers.parts import causal_model, own_generate
 from tritonhybrid.engine_compat import SeedSurface
 from tritonhybrid.errors import EngineStateError, explain
 from tritonhybrid.generation import Generation
@@ -149,13 +149,16 @@ class HybridEngine(_Base):
         generation = state.generation
         module: nn.Module = self.module
         own = state.had_generate
-        original = own if own is not None else cast("Any", type(module)).generate.__get__(module)
+        original = own if own is not None else own_generate(module)
 
         with _Call(self, state) as call:
 
             def native(
-                input_ids: torch.Tensor, mask: torch.Tensor | None, params: SamplingParams
-            ) -> list[list[int]]:
+                input_ids: torch.Tensor,
+                mask: torch.Tensor | None,
+                params: SamplingParams,
+                hf_decoding: Callable[[], Any],
+            ) -> Any:
                 sequences = build_sequences(
                     input_ids,
                     params,
@@ -163,9 +166,9 @@ class HybridEngine(_Base):
                     seed=0,
                     attention_mask=mask,
                 )
-                generation.run(sequences, call.collective, call.stats)
+                theirs = generation.run(sequences, call.collective, call.stats, hf_decoding)
                 call.count(sequences)
-                return [sequence.output for sequence in sequences]
+                return theirs if theirs is not None else [s.output for s in sequences]
 
             def fallback(reason: str, decode: Any) -> Any:
                 return generation.run_hf_decoding(reason, decode, call.collective, call.stats)
@@ -311,7 +314,7 @@ class ServedGenerate:
         engine = _ENGINES.get(id(self.module))
         if engine is not None and engine.module is self.module:
             return engine.generate(*inputs, **kwargs)
-        return type(self.module).generate(self.module, *inputs, **kwargs)  # type: ignore[attr-defined]
+        return own_generate(self.module)(*inputs, **kwargs)
 
 
 class _Call:

@@ -92,13 +92,24 @@ class Generation:
         self.blocks = None
         self.source.release()
 
-    def run(self, sequences: Sized[Sequence], call: CollectiveCall, stats: RolloutStats) -> None:
+    def run(
+        self,
+        sequences: Sized[Sequence],
+        call: CollectiveCall,
+        stats: RolloutStats,
+        hf_decoding: Callable[[], Any] | None = None,
+    ) -> Any:
         """Sample every sequence to its end; they are filled in place.
 
         Args:
             sequences: Checked already; may be empty where other ranks have some.
             call: Every rank's call; started here.
             stats: Filled in place.
+            hf_decoding: Runs in place of our sampling where HF's own loop must serve the
+                model; the sequences then stay as they are.
+
+        Returns:
+            What ``hf_decoding`` returned, if it ran; else None.
 
         Raises:
             CacheExhaustedError: A sequence can't fit the cache.
@@ -123,8 +134,7 @@ class Generation:
                     "called in training mode: dropout is off and gradient checkpointing inert "
                     "for the call; modes were put back",
                 )
-            if sequences:
-                self._serve(parts, sequences, stats)
+            return self._serve(parts, sequences, stats, hf_decoding) if sequences else None
 
     def run_hf_decoding(
         self, reason: str, decode: Callable[[], Any], call: CollectiveCall, stats: RolloutStats
@@ -151,8 +161,12 @@ class Generation:
             return decode()
 
     def _serve(
-        self, parts: ModelParts | None, sequences: Sized[Sequence], stats: RolloutStats
-    ) -> None:
+        self,
+        parts: ModelParts | None,
+        sequences: Sized[Sequence],
+        stats: RolloutStats,
+        hf_decoding: Callable[[], Any] | None,
+    ) -> Any:
         max_length = max(sequence.max_length for sequence in sequences)
         start = time.perf_counter()
         verdict, reason = self._judge(parts, max_length)
@@ -162,12 +176,16 @@ class Generation:
             self._announce(stats, f"HF's own loop serves this model: {reason}")
             stats.path, stats.sampler = "hf", "inverse_cdf"
             stats.layer_paths = {f"hf: {reason}": len(parts.layers) if parts else 1}
-            run_hf_loop(causal_model(self.module), sequences, self.ops(), stats, self.finish_text)
-            return
+            if hf_decoding is not None:
+                stats.sampler = "hf"
+                return hf_decoding()
+            run_hf_loop(self.module, sequences, self.ops(), stats, self.finish_text)
+            return None
         for note in verdict.notes:
             self._announce(stats, note)
         stats.layer_paths = count_paths(list(verdict.plans))
         self._serve_natively(parts, verdict, sequences, max_length, stats)
+        return None
 
     def _judge(self, parts: ModelParts | None, max_length: int) -> tuple[Verdict | None, str]:
         """The probe's verdict on the model as it is now; asked once a structure."""

@@ -50,7 +50,9 @@ _MODEL_KWARGS = {
     "cache_implementation",
 }
 
-NativeDecoding = Callable[[torch.Tensor, torch.Tensor | None, SamplingParams], list[list[int]]]
+NativeDecoding = Callable[
+    [torch.Tensor, torch.Tensor | None, SamplingParams, Callable[[], Any]], Any
+]
 Fallback = Callable[[str, Callable[[], Any]], Any]
 
 
@@ -68,7 +70,8 @@ def serve_generate(
         inputs: Positional arguments of generate.
         kwargs: Keyword arguments of generate.
         native: Samples left-padded ids [B, T] with mask and parameters; returns
-            each row's new tokens.
+            each row's new tokens, or what HF's decoding (the last argument) returns
+            where our loop can't serve the model.
         fallback: Runs HF's decoding over whole weights, given the reason.
 
     Returns:
@@ -91,21 +94,22 @@ def serve_generate(
         reason = _not_served(
             input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
         )
-        if reason is not None:
-            return fallback(
-                reason,
-                lambda: _hf_decoding(model, generation_config)(
-                    model,
-                    input_ids,
-                    logits_processor=logits_processor,
-                    stopping_criteria=stopping_criteria,
-                    generation_config=generation_config,
-                    **model_kwargs,
-                ),
+
+        def hf_decoding() -> Any:
+            return _hf_decoding(model, generation_config)(
+                model,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                **model_kwargs,
             )
+
+        if reason is not None:
+            return fallback(reason, hf_decoding)
         params = _sampling_params(input_ids, generation_config)
-        new = native(input_ids, model_kwargs.get("attention_mask"), params)
-        return _output(input_ids, new, generation_config)
+        new = native(input_ids, model_kwargs.get("attention_mask"), params, hf_decoding)
+        return _output(input_ids, new, generation_config) if isinstance(new, list) else new
 
     return original(*inputs, **kwargs, custom_generate=decode)
 

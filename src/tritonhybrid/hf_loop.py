@@ -8,18 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
+from itertools import groupby
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from tritonhybrid.containers.parts import own_generate
 from tritonhybrid.sampler import HeadCalls, Sampler
 from tritonhybrid.sequence import Sequence
 from tritonhybrid.stats import RolloutStats
@@ -29,7 +31,7 @@ _BATCH = 64
 
 
 def run_hf_loop(
-    model: PreTrainedModel,
+    module: nn.Module,
     sequences: Sized[Sequence],
     ops: Ops,
     stats: RolloutStats,
@@ -38,33 +40,32 @@ def run_hf_loop(
     """Sample every sequence to its end; they are filled in place.
 
     Args:
-        model: Whole parameters, eval mode.
+        module: Whole parameters, eval mode; a PEFT wrapper adds what its generate adds.
         sequences: Not started.
         ops: The operations to sample with.
         stats: Filled in place.
         finish_text: Ends a sequence whose text holds a stop string.
     """
     start = time.perf_counter()
-    # Prompts of like length together: less padding.
+    # Only prompts of one length together: not every model computes the same beside padding
+    # (sparse indexers and rope that follows the batch's length do not).
     order = sorted(sequences, key=lambda s: len(s.prompt))
-    for first in range(0, len(order), _BATCH):
-        _run_batch(model, order[first : first + _BATCH], ops, stats, finish_text)
+    for _, group in groupby(order, key=lambda s: len(s.prompt)):
+        alike = list(group)
+        for first in range(0, len(alike), _BATCH):
+            _run_batch(module, alike[first : first + _BATCH], ops, stats, finish_text)
     stats.decode_s = time.perf_counter() - start
 
 
 def _run_batch(
-    model: PreTrainedModel,
+    module: nn.Module,
     sequences: list[Sequence],
     ops: Ops,
     stats: RolloutStats,
     finish_text: Callable[[Sequence], None],
 ) -> None:
-    device = next(model.parameters()).device
-    width = max(len(s.prompt) for s in sequences)
-    pads = [width - len(s.prompt) for s in sequences]
-    filler = sequences[0].prompt[0]
-    ids = [[filler] * pad + list(s.prompt) for pad, s in zip(pads, sequences, strict=True)]
-    mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+    device = next(module.parameters()).device
+    ids = torch.tensor([s.prompt for s in sequences], device=device)
     sampling = _OurSampling(sequences, ops, device, finish_text)
 
     def decode(
@@ -85,15 +86,17 @@ def _run_batch(
         )
 
     with torch.no_grad():
-        generate: Any = type(model).generate  # type: ignore[attr-defined]
-        generate(
-            model,
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
+        own_generate(module)(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            # Named in full: what is left out is taken from the model's generation config.
             generation_config=GenerationConfig(
                 max_new_tokens=max(s.params.max_new_tokens for s in sequences),
                 do_sample=False,
-                pad_token_id=filler,
+                num_beams=1,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
+                pad_token_id=0,
             ),
             custom_generate=decode,
         )
