@@ -65,7 +65,7 @@ def contestants(
     *,
     device: str,
     zeros: tuple[int, ...],
-    chosen: str,
+    chosen: tuple[str, ...],
 ) -> Field:
     """Return the contestants that make sense for a workload, HF generate first."""
     weights = Weights(workload, dtype, device, rank)
@@ -79,8 +79,8 @@ def contestants(
         everyone.extend(_on_the_module(weights, workload, device))
     reference, *others = everyone
     # A bracket in a name is a bracket, not a set of characters.
-    pattern = chosen.replace("[", "[[]")
-    kept = [each for each in others if fnmatch.fnmatch(each.name, pattern)]
+    patterns = [pattern.replace("[", "[[]") for pattern in chosen]
+    kept = [each for each in others if any(fnmatch.fnmatch(each.name, one) for one in patterns)]
     return Field([reference, *kept], weights.close)
 
 
@@ -151,7 +151,7 @@ def run_workload(workload: Workload, dtype: str, arguments: argparse.Namespace) 
         device=arguments.device,
         # What several ranks show is gathering.
         zeros=(3,) if several else tuple(arguments.zero),
-        chosen=arguments.providers,
+        chosen=tuple(arguments.providers),
     )
     job = Job(
         field_of=field,
@@ -172,7 +172,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--zero", nargs="+", type=int, choices=(0, 1, 2, 3), default=[0, 3])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of a rank; one where several run")
-    parser.add_argument("--providers", default="*", help="only those matching, beside hf_generate")
+    parser.add_argument(
+        "--providers", nargs="+", default=["*"], help="only those matching, beside hf_generate"
+    )
     parser.add_argument("--hang-s", type=float, default=600.0, help="longest answer of a provider")
     parser.add_argument("--tiny", action="store_true", help="try the bench on a tiny model")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/generate.csv")
