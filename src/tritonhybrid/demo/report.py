@@ -158,7 +158,7 @@ def summary_table(record: DemoRecord) -> Table:
     table.add_section()
     if record.comparison is not None:
         ours, theirs = record.comparison.ours.tokens_per_s, record.comparison.theirs.tokens_per_s
-        table.add_row("rollout", f"{ours:,.0f} tokens/s")
+        table.add_row("rollout speed", f"{ours:,.0f} tokens/s")
         ratio = f" (rollout is {ours / theirs:.2f}x)" if theirs else ""
         table.add_row("HF generate, plain copy", f"{theirs:,.0f} tokens/s{ratio}")
         table.add_row("greedy tokens equal to HF's", str(record.comparison.greedy))
