@@ -1,0 +1,146 @@
+"""Every family of docs/families.md against Hugging Face, and the path that serves it."""
+
+import logging
+
+import pytest
+import torch
+from family_zoo import FAMILIES, TABLE, build, table
+from transformers import LlamaForCausalLM
+
+from tritonhybrid.sampling_params import SamplingParams
+from tritonhybrid.testing import check_family, hold
+
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in lengths]
+
+
+def hf_alone(model, prompt: list[int], max_new_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_and_logprobs_are_hugging_faces(name: str):
+    report = check_family(build(name), path=FAMILIES[name].path, max_new_tokens=12)
+    assert report.num_equal == report.num_tokens > 40
+    assert report.max_logprob_error <= 2e-4
+
+
+def test_llama_qwen2_and_qwen3_are_fused():
+    assert {FAMILIES[name].path for name in ("llama", "qwen2", "qwen3")} == {"fused"}
+
+
+def test_the_table_of_families_is_what_the_tests_prove():
+    assert TABLE.read_text() == table()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mixtral"])
+def test_bf16_is_as_close_to_fp32_as_hugging_faces_own(name: str):
+    report = check_family(build(name), dtype=torch.bfloat16, path=FAMILIES[name].path)
+    assert report.dtype == "bfloat16"
+    assert 0 < report.max_logprob_error < 1
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {"rope_type": "linear", "factor": 4.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_ropes_are_fused(rope: dict):
+    model = build("llama", rope_parameters={"rope_theta": 10000.0, **rope})
+    check_family(model, path="fused", max_new_tokens=12)
+
+
+def test_dynamic_ntk_rope_goes_to_hugging_faces_loop():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    report = check_family(build("llama", rope_parameters=rope), path="hf", max_new_tokens=8)
+    assert "dynamic NTK" in report.notes[0]
+
+
+def longrope() -> dict:
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": 32,
+    }
+
+
+def test_longrope_is_native_while_every_sequence_fits_the_short_table():
+    model = build("phi3", rope_parameters=longrope(), original_max_position_embeddings=32)
+    check_family(model, prompts=prompts(5, 20, 17), max_new_tokens=12, path="generic")
+
+
+def test_longrope_past_the_original_length_is_served_by_hugging_faces_loop():
+    model = build("phi3", rope_parameters=longrope(), original_max_position_embeddings=32)
+    ragged = prompts(5, 28, 40)
+    out = hold(model).rollout(ragged, GREEDY)
+    assert out.stats.path == "hf"
+    assert any("longrope" in note for note in out.stats.notes)
+    tokens = [completion.token_ids for completion in out.completions]
+    assert tokens == [hf_alone(model, prompt, 12) for prompt in ragged]
+
+
+def test_a_model_on_hugging_faces_loop_says_so_in_each_call_and_logs_it_once(
+    caplog: pytest.LogCaptureFixture,
+):
+    engine = hold(build("bloom"))
+    with caplog.at_level(logging.WARNING, logger="tritonhybrid"):
+        notes = [engine.rollout(prompts(4), GREEDY).stats.notes for _ in range(2)]
+    assert notes[0] == notes[1]
+    assert "HF's own loop serves this model" in notes[0][0]
+    assert [record.getMessage() for record in caplog.records] == [f"tritonhybrid: {notes[0][0]}"]
+
+
+def test_prompts_of_unequal_length_on_hugging_faces_loop_are_those_of_each_alone():
+    model = build("mpt")
+    ragged = prompts(3, 9, 3, 21)
+    out = hold(model).rollout(ragged, GREEDY)
+    assert [c.token_ids for c in out.completions] == [hf_alone(model, p, 12) for p in ragged]
+
+
+def test_beams_in_the_models_generation_config_do_not_reach_hugging_faces_loop():
+    model = build("mpt")
+    ragged = prompts(3, 9)
+    expected = [hf_alone(model, prompt, 12) for prompt in ragged]
+    model.generation_config.num_beams = 2
+    out = hold(model).rollout(ragged, GREEDY)
+    assert [c.token_ids for c in out.completions] == expected
+
+
+def test_check_family_raises_where_another_path_serves():
+    with pytest.raises(AssertionError, match="served on the fused path, not generic"):
+        check_family(build("llama"), path="generic", max_new_tokens=2)
+
+
+def test_check_family_raises_where_tokens_differ():
+    class Shifted(LlamaForCausalLM):
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, **kwargs).add(1)
+
+    model = build("llama")
+    model.__class__ = Shifted
+    with pytest.raises(AssertionError, match="rollout differs from HF's greedy tokens of prompt 0"):
+        check_family(model, max_new_tokens=2)
