@@ -144,7 +144,8 @@ class Binding:
                 return y.unsqueeze(0)
 
             self._patches.set(norm, "forward", norm_forward)
-        if self.parts.rotary is not None:
+        # A hook would be handed the stub's None, so a watched rotary runs as it is.
+        if self.parts.rotary is not None and is_plain(self.parts.rotary):
             self._patches.set(self.parts.rotary, "forward", lambda *args, **kwargs: (None, None))
 
     def _bind_attention(self) -> None:

@@ -87,8 +87,11 @@ def unsuited(parts: ModelParts, max_length: int | None) -> str | None:
 
 def fingerprint(parts: ModelParts, plans: list[LayerPlan]) -> Hashable:
     """Changes whenever the probe's verdict might."""
-    types = tuple(type(module) for module in parts.outer.modules())
-    return types, tuple(plans), parts.model.dtype
+    modules = tuple(
+        (type(m), *m._forward_pre_hooks, *m._forward_hooks, id(m.__dict__.get("forward")))
+        for m in parts.outer.modules()
+    )
+    return modules, tuple(plans), parts.model.dtype
 
 
 def count_paths(plans: list[LayerPlan]) -> dict[str, int]:
