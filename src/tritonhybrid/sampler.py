@@ -225,8 +225,9 @@ class Sampler:
         tokens, logprobs = self._ops.sample_logits(processed, keys, uids, positions, greedy)
         if processed is logits:
             return Drawn(tokens, logprobs, logprobs)
-        picked = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-        return Drawn(tokens, logprobs, picked - logits.logsumexp(1))
+        raw = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+        # Greedy log-probabilities are the raw ones, also where a penalty chose the token.
+        return Drawn(tokens, torch.where(greedy, raw, logprobs), raw)
 
 
 def process_logits(logits: torch.Tensor, sequences: Sized[Sequence]) -> torch.Tensor:
@@ -256,7 +257,8 @@ def process_logits(logits: torch.Tensor, sequences: Sized[Sequence]) -> torch.Te
     if any(p.top_k for p in drawn):
         _keep_top_k(z, [p.top_k for p in drawn])
     if any(p.top_p < 1 for p in drawn):
-        _keep_top_p(z, _column([p.top_p for p in drawn], z.device))
+        # 1 - p in double precision, as HF has it: 1 - 0.9 in fp32 is the next number up.
+        _keep_top_p(z, _column([1 - p.top_p for p in drawn], z.device))
     if any(p.min_p > 0 for p in drawn):
         probabilities = z.softmax(1)
         least = _column([p.min_p for p in drawn], z.device) * probabilities.amax(1, keepdim=True)
@@ -275,13 +277,13 @@ def _keep_top_k(z: torch.Tensor, top_k: list[int]) -> None:
     z.masked_fill_((z < kth) & filtered, _MASKED)
 
 
-def _keep_top_p(z: torch.Tensor, top_p: torch.Tensor) -> None:
-    """Mask the least likely tokens whose mass together is at most 1 - p."""
+def _keep_top_p(z: torch.Tensor, rest: torch.Tensor) -> None:
+    """Mask the least likely tokens whose mass together is at most ``rest``, 1 - p."""
     ascending, order = z.sort(dim=1)
-    out = ascending.softmax(1).cumsum(1) <= 1 - top_p
+    out = ascending.softmax(1).cumsum(1) <= rest
     out[:, -1] = False
     # A row without top-p keeps even what rounds to probability 0.
-    out &= top_p < 1
+    out &= rest > 0
     z.masked_fill_(torch.zeros_like(out).scatter(1, order, out), _MASKED)
 
 
