@@ -1,0 +1,116 @@
+"""Pages: counted by reference, copied before a shared one is written, never lost."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tritonhybrid.block_manager import BlockCopy, BlockManager
+
+
+def state(blocks: BlockManager, *tables: list[int]) -> tuple:
+    return blocks.num_free, blocks.num_used, list(blocks._references), [list(t) for t in tables]
+
+
+def test_questions_change_nothing():
+    blocks = BlockManager(4, 16)
+    table = blocks.allocate(2)
+    shared = blocks.share(table)
+    before = state(blocks, table, shared)
+    assert blocks.can_allocate(2) and not blocks.can_allocate(3)
+    assert [blocks.blocks_for(n) for n in (0, 1, 16, 17, 64)] == [0, 1, 1, 2, 4]
+    assert [blocks.append_cost(table, position) for position in (0, 31, 32)] == [1, 1, 1]
+    assert blocks.capacity == 64
+    assert state(blocks, table, shared) == before
+
+
+def test_a_fresh_table_is_one_ascending_run():
+    blocks = BlockManager(5, 16)
+    assert blocks.allocate(3) == [0, 1, 2]
+    assert blocks.allocate(2) == [3, 4]
+
+
+def test_writing_into_an_own_page_costs_nothing_and_past_the_end_one_page():
+    blocks = BlockManager(3, 4)
+    table = blocks.allocate(1)
+    assert blocks.append_cost(table, 3) == 0
+    assert blocks.append(table, 3) is None and table == [0]
+    assert blocks.append_cost(table, 4) == 1
+    assert blocks.append(table, 4) is None and table == [0, 1]
+    blocks.check_integrity([table])
+
+
+def test_a_shared_page_is_copied_before_it_is_written_and_then_owned():
+    blocks = BlockManager(4, 4)
+    first = blocks.allocate(2)
+    second = blocks.share(first)
+    assert blocks.num_used == 2
+    assert blocks.append_cost(second, 5) == 1
+    assert blocks.append(second, 5) == BlockCopy(1, 2)
+    assert (first, second) == ([0, 1], [0, 2])
+    assert blocks.append_cost(second, 5) == blocks.append_cost(first, 5) == 0
+    assert blocks.append(first, 5) is None
+    blocks.check_integrity([first, second])
+
+
+def test_a_shared_page_is_free_when_the_last_table_lets_go():
+    blocks = BlockManager(2, 4)
+    first = blocks.allocate(1)
+    second = blocks.share(first)
+    blocks.free(first)
+    assert first == [] and blocks.num_used == 1
+    blocks.free(second)
+    assert blocks.num_free == 2
+    blocks.check_integrity([])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_counts_hold_after_a_random_walk(seed: int):
+    walk = random.Random(seed)
+    blocks = BlockManager(walk.randint(4, 40), walk.choice([1, 4, 16]))
+    tables: list[list[int]] = []
+    lengths: list[int] = []
+    for _ in range(600):
+        action = walk.choice(["allocate", "share", "append", "append", "free"])
+        if action == "allocate":
+            length = walk.randint(1, 3 * blocks.block_size)
+            if blocks.can_allocate(blocks.blocks_for(length)):
+                tables.append(blocks.allocate(blocks.blocks_for(length)))
+                lengths.append(length)
+        elif tables:
+            index = walk.randrange(len(tables))
+            if action == "share":
+                tables.append(blocks.share(tables[index]))
+                lengths.append(lengths[index])
+            elif action == "free":
+                blocks.free(tables.pop(index))
+                lengths.pop(index)
+            elif blocks.can_allocate(blocks.append_cost(tables[index], lengths[index])):
+                blocks.append(tables[index], lengths[index])
+                lengths[index] += 1
+                written = tables[index][(lengths[index] - 1) // blocks.block_size]
+                assert sum(written in table for table in tables) == 1
+        blocks.check_integrity(tables)
+        assert blocks.num_free + blocks.num_used == blocks.num_blocks
+    for table in tables:
+        blocks.free(table)
+    blocks.check_integrity([])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda blocks, table: table.pop(), "differ from the tables'"),
+        (lambda blocks, table: blocks._free.append(table[0]), "free twice, or free and in use"),
+        (lambda blocks, table: blocks._free.append(blocks._free[0]), "free twice"),
+        (lambda blocks, table: blocks._free.pop(), "are not 4"),
+    ],
+    ids=["lost reference", "free and used", "free twice", "lost page"],
+)
+def test_check_integrity_notices_damage(damage, message: str):
+    blocks = BlockManager(4, 16)
+    table = blocks.allocate(2)
+    damage(blocks, table)
+    with pytest.raises(AssertionError, match=message):
+        blocks.check_integrity([table])
