@@ -121,6 +121,26 @@ def test_prompts_of_unequal_length_on_hugging_faces_loop_are_those_of_each_alone
     assert [c.token_ids for c in out.completions] == [hf_alone(model, p, 12) for p in ragged]
 
 
+def test_each_sequence_on_hugging_faces_loop_has_its_own_length_end_and_noise():
+    model = build("mpt")
+    engine = hold(model)
+    prompt, other = prompts(4, 4)
+    free = hf_alone(model, prompt, 12)
+    at = next(i for i in range(2, 12) if free[i] not in free[:i])
+    params = [
+        SamplingParams(max_new_tokens=3, temperature=0.0, ignore_eos=True),
+        SamplingParams(max_new_tokens=12, temperature=0.0, stop_token_ids=[free[at]]),
+        SamplingParams(max_new_tokens=9, n=3, seed=5, ignore_eos=True),
+    ]
+    out = engine.rollout([prompt, prompt, other], params)
+    tokens = [completion.token_ids for completion in out.completions]
+    assert tokens[:2] == [free[:3], free[: at + 1]]
+    assert [c.finish_reason for c in out.completions[:2]] == ["length", "stop"]
+    assert len({tuple(row) for row in tokens[2:]}) == 3 and {len(row) for row in tokens[2:]} == {9}
+    alone = engine.rollout([other], params[2], uids=[2])
+    assert [completion.token_ids for completion in alone.completions] == tokens[2:]
+
+
 def test_beams_in_the_models_generation_config_do_not_reach_hugging_faces_loop():
     model = build("mpt")
     ragged = prompts(3, 9)

@@ -1,4 +1,4 @@
-"""Continuous batching without torch: every sequence ends, with its own tokens, in the same order."""
+"""Continuous batching without torch: every sequence ends with its own tokens, in order."""
 
 from __future__ import annotations
 
