@@ -76,8 +76,15 @@ class HybridConfig:
             _positive("block_size", self.block_size)
         if self.backend not in ("auto", "triton", "torch"):
             raise _refusal("backend", "'auto', 'triton' or 'torch'", self.backend, "Pick one.")
-        if not self.sync_timeout_s > 0:
+        if not isinstance(self.sync_timeout_s, int | float) or not self.sync_timeout_s > 0:
             raise _refusal("sync_timeout_s", "seconds > 0", self.sync_timeout_s, "Raise it.")
+        if not isinstance(self.torch_ops, list | tuple | set | frozenset):
+            raise _refusal(
+                "torch_ops", "a list of operations", self.torch_ops, "Pass a list of names."
+            )
+        for name in ("enable_cuda_graph", "consistent"):
+            if getattr(self, name) not in (True, False, "auto"):
+                raise _refusal(name, "true, false or 'auto'", getattr(self, name), "Pick one.")
         for name in ("release_inference_cache", "pin_parameters"):
             if not isinstance(getattr(self, name), bool):
                 raise _refusal(name, "true or false", getattr(self, name), "Pass a bool.")

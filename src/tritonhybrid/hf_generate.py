@@ -9,6 +9,7 @@ decoding, over whole weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -150,15 +151,18 @@ def _not_served(
     if mask is not None and bool((mask == 0).any()) and _or(config.repetition_penalty, 1.0) != 1:
         return "a repetition penalty that counts padding as seen"
     positions = model_kwargs.get("position_ids")
-    if positions is not None and not _are_default(positions, mask):
+    if positions is not None and not _are_default(positions, mask, input_ids.shape[1]):
         return "position_ids of its own"
     if input_ids.shape[1] == 0:
         return "an empty prompt"
     return None
 
 
-def _are_default(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:
+def _are_default(positions: torch.Tensor, mask: torch.Tensor | None, length: int) -> bool:
     if mask is None:
+        # Positions of another length are what is left of a mask of ones that HF has dropped.
+        if positions.shape[-1] != length:
+            return False
         ours = torch.arange(positions.shape[-1], device=positions.device).expand_as(positions)
         return bool((positions == ours).all())
     ours = mask.long().cumsum(-1) - 1
@@ -181,7 +185,7 @@ def _sampling_params(input_ids: torch.Tensor, config: GenerationConfig) -> Sampl
     least = max(least, config.min_new_tokens or 0, 0)
     sampled = bool(config.do_sample)
     eos = config._eos_token_tensor
-    return SamplingParams(
+    params = SamplingParams(
         max_new_tokens=new,
         min_new_tokens=min(least, new),
         temperature=_or(config.temperature, 1.0) if sampled else 0.0,
@@ -189,11 +193,12 @@ def _sampling_params(input_ids: torch.Tensor, config: GenerationConfig) -> Sampl
         top_p=_or(config.top_p, 1.0) if sampled else 1.0,
         min_p=_or(config.min_p, 0.0) if sampled else 0.0,
         repetition_penalty=_or(config.repetition_penalty, 1.0),
-        # One draw from torch's generator: calls differ, torch.manual_seed repeats them.
-        seed=int(torch.randint(2**62, (1,))) if sampled else 0,
+        seed=0,
         eos_token_id=[] if eos is None else [int(token) for token in eos.flatten()],
         logprobs=False,
     )
+    # One draw from torch's generator: calls differ, torch.manual_seed repeats them.
+    return replace(params, seed=int(torch.randint(2**62, (1,)))) if sampled else params
 
 
 def _output(

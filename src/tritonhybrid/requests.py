@@ -144,19 +144,27 @@ def _ragged(prompts: Any, attention_mask: torch.Tensor | None) -> list[tuple[int
             type(prompts).__name__,
             "Drop the mask: a list of lists has no padding.",
         )
-    if isinstance(prompts, str | bytes) or any(isinstance(p, str | bytes) for p in prompts):
-        raise _refusal(
-            "Prompts are token ids", "lists of integers", "text", "Tokenise the prompts first."
-        )
-    if any(isinstance(p, int) for p in prompts):
-        raise _refusal(
-            "Prompts are a list of prompts",
-            "a list of lists of integers",
-            "one flat list",
-            "Wrap the prompt in a list.",
-        )
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise _not_a_list(prompts)
+    return [_one_prompt(prompt) for prompt in prompts]
+
+
+def _one_prompt(prompt: Any) -> tuple[Any, ...]:
     # Tensors and numpy arrays give Python integers.
-    return [tuple(p.tolist() if hasattr(p, "tolist") else p) for p in prompts]
+    tokens = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+        raise _not_a_list(tokens)
+    return tuple(tokens)
+
+
+def _not_a_list(found: object) -> ConfigError:
+    got = "text" if isinstance(found, str | bytes) else type(found).__name__
+    return _refusal(
+        "Prompts are a list of prompts",
+        "a list of lists of token ids",
+        f"{got} in place of a list",
+        "Tokenise text first, and pass one list of token ids a prompt.",
+    )
 
 
 def _one_each(sampling: SamplingParams | Sized[SamplingParams], count: int) -> list[SamplingParams]:
@@ -184,6 +192,14 @@ def _check_uids(uids: Sized[int], count: int) -> None:
             f"{count} integers",
             f"{len(uids)} values",
             "Pass one uid for each prompt.",
+        )
+    outside = [uid for uid in uids if not -(2**63) <= uid < 2**63]
+    if outside:
+        raise _refusal(
+            "uids are 64-bit integers",
+            "-2**63 to 2**63 - 1",
+            outside[0],
+            "Number the prompts, or hash their names to 63 bits.",
         )
     if len(set(uids)) != len(uids):
         raise _refusal(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from tritonhybrid.errors import ConfigError, explain
@@ -55,10 +55,10 @@ class SamplingParams:
         _whole("min_new_tokens", self.min_new_tokens, 0)
         _whole("n", self.n, 1)
         _whole("top_k", self.top_k, 0)
-        _real("temperature", self.temperature, self.temperature >= 0, "a number >= 0")
-        _real("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]")
-        _real("min_p", self.min_p, 0 <= self.min_p <= 1, "a number in [0, 1]")
-        _real("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "> 0")
+        _real("temperature", self.temperature, lambda x: x >= 0, "a number >= 0")
+        _real("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
+        _real("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+        _real("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "a number > 0")
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 explain(
@@ -70,6 +70,9 @@ class SamplingParams:
             )
         if self.seed is not None:
             _whole("seed", self.seed, None)
+        eos = self.eos_token_id
+        _token_ids("eos_token_id", () if eos is None else (eos,) if isinstance(eos, int) else eos)
+        _token_ids("stop_token_ids", self.stop_token_ids)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if any(not isinstance(text, str) or not text for text in self.stop):
@@ -111,8 +114,25 @@ def _whole(name: str, value: object, least: int | None) -> None:
     )
 
 
-def _real(name: str, value: float, ok: bool, expected: str) -> None:
-    if isinstance(value, int | float) and math.isfinite(value) and ok:
+def _token_ids(name: str, ids: object) -> None:
+    if (
+        isinstance(ids, Collection)
+        and not isinstance(ids, str | bytes)
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
+    ):
+        return
+    raise ConfigError(
+        explain(
+            f"SamplingParams.{name} holds token ids",
+            expected="whole numbers",
+            got=repr(ids),
+            hint=f"Pass {name} as a list of token ids.",
+        )
+    )
+
+
+def _real(name: str, value: object, is_in_range: Callable[[float], bool], expected: str) -> None:
+    if isinstance(value, int | float) and math.isfinite(value) and is_in_range(value):
         return
     raise ConfigError(
         explain(
