@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tritonhybrid.interrupts import InterruptsHeld
+
 _ABSENT = object()
 
 
@@ -25,9 +27,10 @@ class Patches:
 
     def undo(self) -> None:
         """Put everything back, newest first."""
-        while self._undo:
-            attributes, name, value = self._undo.pop()
-            if value is _ABSENT:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = value
+        with InterruptsHeld():
+            while self._undo:
+                attributes, name, value = self._undo.pop()
+                if value is _ABSENT:
+                    attributes.pop(name, None)
+                else:
+                    attributes[name] = value

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tritonhybrid.interrupts import InterruptsHeld
+
 
 @contextmanager
 def deepspeed_hooks_aside(module: nn.Module) -> Iterator[None]:
@@ -34,15 +36,16 @@ def deepspeed_hooks_aside(module: nn.Module) -> Iterator[None]:
                     del hooks[key]
         yield
     finally:
-        for hooks, before in saved:
-            # A hook that the user added or removed meanwhile stays as the user left it.
-            now = dict(hooks)
-            hooks.clear()
-            for key, hook in before.items():
-                if _is_deepspeed(hook) or key in now:
-                    hooks[key] = hook
-            for key, hook in now.items():
-                hooks.setdefault(key, hook)
+        with InterruptsHeld():
+            for hooks, before in saved:
+                # A hook that the user added or removed meanwhile stays as the user left it.
+                now = dict(hooks)
+                hooks.clear()
+                for key, hook in before.items():
+                    if _is_deepspeed(hook) or key in now:
+                        hooks[key] = hook
+                for key, hook in now.items():
+                    hooks.setdefault(key, hook)
 
 
 @contextmanager
@@ -60,8 +63,9 @@ def eval_mode(module: nn.Module) -> Iterator[bool]:
             submodule.training = False
         yield bool(training)
     finally:
-        for submodule in training:
-            submodule.training = True
+        with InterruptsHeld():
+            for submodule in training:
+                submodule.training = True
 
 
 @contextmanager

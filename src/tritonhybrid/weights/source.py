@@ -14,6 +14,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from tritonhybrid.interrupts import InterruptsHeld
 from tritonhybrid.weights.agreement import RankAgreement
 from tritonhybrid.weights.arena import Arena, full_shape
 from tritonhybrid.weights.hooks import deepspeed_hooks_aside, eval_mode, plain_linear
@@ -126,8 +127,9 @@ class WeightSource:
                     was_training=was_training,
                 )
             finally:
-                for parameter, data in partitioned:
-                    parameter.data = data
+                with InterruptsHeld():
+                    for parameter, data in partitioned:
+                        parameter.data = data
 
     def gathered_forward(self, layer: nn.Module) -> Callable[..., Any]:
         """The layer's forward with its partitioned parameters gathered around each call.
