@@ -234,8 +234,8 @@ def wrap(
 ) -> HybridEngine:
     """Give a DeepSpeed engine serving-class generation, in place.
 
-    With ZeRO-3 on several ranks every rank must call this together (a process
-    group for error reports is made).
+    On several ranks every rank must call this together, whatever the ZeRO stage (the
+    seed of rank 0 is shared, and with ZeRO-3 a process group for error reports made).
 
     Args:
         engine: What ``deepspeed.initialize`` returned, ZeRO stage 0 to 3.
@@ -261,11 +261,14 @@ def wrap(
         layers_per_bucket=resolved.tp_gather_partition_size,
         timeout_s=resolved.sync_timeout_s,
     )
+    generation = Generation(module, source, resolved, tokenizer)
+    # A backend that isn't there is refused here, before anything has changed.
+    generation.ops()
     original_class = type(engine)
     engine.__dict__[_STATE] = EngineState(
         original_class=original_class,
         config=resolved,
-        generation=Generation(module, source, resolved, tokenizer),
+        generation=generation,
         seeds=_first_seed(),
         had_generate=module.__dict__.get("generate"),
     )

@@ -20,7 +20,7 @@ from tritonhybrid.containers.binding import Binding
 from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts
 from tritonhybrid.containers.plan import count_paths, fingerprint, plan_layers, unsuited
 from tritonhybrid.containers.probe import Verdict, probe
-from tritonhybrid.errors import CacheExhaustedError, explain
+from tritonhybrid.errors import CacheExhaustedError, ConfigError, KernelArgumentError, explain
 from tritonhybrid.hf_loop import run_hf_loop
 from tritonhybrid.kv_cache import LayerGeometry, PagedKVCache, bytes_per_block
 from tritonhybrid.runner import Runner
@@ -82,8 +82,19 @@ class Generation:
             is_triton = self.device.type == "cuda" or is_interpreted()
             backend = "triton" if is_triton else "torch"
         if backend not in self._ops:
-            torch_ops = frozenset(self.config.torch_ops)
-            self._ops[backend] = select_ops(backend, torch_ops)
+            if backend == "triton" and self.device.type != "cuda" and not is_interpreted():
+                raise ConfigError(
+                    explain(
+                        "HybridConfig.backend 'triton' needs a CUDA device or Triton's interpreter",
+                        expected="parameters on cuda, or TRITON_INTERPRET=1 from the start",
+                        got=f"parameters on {self.device.type}",
+                        hint='Set backend to "auto" or "torch".',
+                    )
+                )
+            try:
+                self._ops[backend] = select_ops(backend, frozenset(self.config.torch_ops))
+            except KernelArgumentError as error:
+                raise ConfigError(f"HybridConfig.torch_ops: {error}") from error
         return self._ops[backend]
 
     def release(self) -> None:
@@ -197,9 +208,11 @@ class Generation:
         plans = plan_layers(parts)
         ops = self.ops()
         key = (fingerprint(parts, plans), ops.backend)
-        if key not in self._verdicts:
-            self._verdicts[key] = probe(parts, plans, ops)
-        verdict = self._verdicts[key]
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            verdict = probe(parts, plans, ops)
+            if verdict.is_lasting:
+                self._verdicts[key] = verdict
         return verdict, "; ".join(verdict.notes)
 
     def _serve_natively(

@@ -42,12 +42,14 @@ class Verdict:
         geometry: What each layer caches.
         returns_tuple: Whether HF's layers return tuples.
         notes: Demotions, in words.
+        is_lasting: Whether it holds for later calls too.
     """
 
     plans: tuple[LayerPlan, ...]
     geometry: tuple[LayerGeometry, ...]
     returns_tuple: bool
     notes: tuple[str, ...]
+    is_lasting: bool = True
 
     @property
     def is_native(self) -> bool:
@@ -116,6 +118,10 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops) -> Verdict:
         reference = _run_reference(parts)
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         return _to_hf(f"HF's forward does not fit the packed form ({_brief(error)})")
+    if not (reference.hidden.isfinite().all() and reference.logits.isfinite().all()):
+        # Nothing can be held against it; better weights may come with the next step.
+        reason = "HF's own forward gives values that are not finite"
+        return replace(_to_hf(reason), is_lasting=False)
     trial = _Trial(parts, ops, reference)
     if any(plan.path == "fused" for plan in plans):
         plans = _check_layers(trial, plans, notes)
@@ -267,12 +273,11 @@ def _run_reference(parts: ModelParts) -> _Reference:
         return hook
 
     device = parts.device
-    handles = [
-        layer.register_forward_hook(record(index), with_kwargs=True)
-        for index, layer in enumerate(parts.layers)
-    ]
+    handles = []
     hidden, logits = [], []
     try:
+        for index, layer in enumerate(parts.layers):
+            handles.append(layer.register_forward_hook(record(index), with_kwargs=True))
         for prompt in tokens:
             ids = torch.tensor([prompt], device=device)
             out = parts.backbone(input_ids=ids, use_cache=True)
