@@ -8,15 +8,14 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from tritonhybrid.errors import RankFailureError
+from tritonhybrid.errors import EngineStateError, RankFailureError, explain
 
 
 class RankAgreement:
     """A meeting point for all ranks of a call; built on every rank at wrap time.
 
     Args:
-        timeout_s: Seconds to wait for the others; past it the meeting raises
-            RuntimeError naming the time-out.
+        timeout_s: Seconds to wait for the others.
 
     Every rank must construct it (a process group is made) and meet equally often.
     """
@@ -24,6 +23,7 @@ class RankAgreement:
     def __init__(self, timeout_s: float) -> None:
         # gloo, also beside NCCL: the flag lives on the host and must not wait for the GPU.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._timeout_s = timeout_s
         self._rank = dist.get_rank()
         self._world = dist.get_world_size()
 
@@ -35,9 +35,24 @@ class RankAgreement:
 
         Raises:
             RankFailureError: Another rank failed and this one did not.
+            EngineStateError: A rank stayed away or died.
         """
         failed = torch.tensor([self._rank + 1 if error is not None else 0])
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
+        try:
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self._group)
+        except RuntimeError as silence:
+            if error is not None:
+                # What went wrong here says more than that nobody listens.
+                return
+            raise EngineStateError(
+                explain(
+                    "Every rank takes part in a ZeRO-3 call",
+                    expected=f"{self._world} ranks within sync_timeout_s = {self._timeout_s:g} s",
+                    got=str(silence).strip().splitlines()[0],
+                    hint="Make the same calls on every rank (an empty list of prompts is "
+                    "allowed), or raise sync_timeout_s; then start the ranks again.",
+                )
+            ) from silence
         if int(failed) == 0:
             return
         messages: list[str | None] = [None] * self._world
