@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from models import (
 from training_state import differences, snapshot
 
 import tritonhybrid
-from tritonhybrid import CacheExhaustedError, NonFiniteLogitsError, SamplingParams
+from tritonhybrid import CacheExhaustedError, SamplingParams
 from tritonhybrid.runner import Runner
 
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0)
@@ -45,7 +44,9 @@ def tokens_around_a_step(stage: int) -> list[tuple[list[list[int]], list[list[in
     prompts = ragged_prompts(4)
     pairs = []
     for index in range(3):
-        pairs.append((tokens(engine.rollout(prompts, GREEDY)), hf_greedy(plain_copy(engine), prompts, 8)))
+        pairs.append(
+            (tokens(engine.rollout(prompts, GREEDY)), hf_greedy(plain_copy(engine), prompts, 8))
+        )
         micro_step(engine, index)
     return pairs
 
@@ -261,7 +262,7 @@ def greedy_of_every_shape(stage: int) -> list[tuple[list[list[int]], list[list[i
     page = 2 * 2 * 16 * 4 * 4 * 3
     engine = plain_engine(stage)
     copy = plain_copy(engine)
-    prompts = ragged_prompts(6) + [[9]] + [ragged_prompts(6)[2]]
+    prompts = [*ragged_prompts(6), [9], ragged_prompts(6)[2]]
     expected = hf_greedy(copy, prompts, 12)
     pairs = []
     for config in (

@@ -44,7 +44,11 @@ def seeded_with_uids(stage: int, params: SamplingParams) -> list[list[int]]:
 @pytest.mark.parametrize("params", [SEEDED, FILTERED], ids=["plain", "filtered"])
 def test_uids_make_samples_independent_of_world_size_and_stage(ranks, params):
     found = [
-        sorted(sample for rank in ranks(world_size).run(seeded_with_uids, stage, params) for sample in rank)
+        sorted(
+            sample
+            for rank in ranks(world_size).run(seeded_with_uids, stage, params)
+            for sample in rank
+        )
         for world_size, stage in ((1, 0), (2, 0), (1, 3), (2, 3))
     ]
     assert len(found[0]) == 8 * params.n
@@ -62,7 +66,9 @@ def one_rank_behaviour() -> dict[str, Any]:
         for prompt, uid in zip(prompts, uids, strict=True)
         for completion in tokens(engine.rollout([prompt], SEEDED, uids=[uid]))
     ]
-    small = hybrid_engine(0, config={"max_num_seqs": 3, "max_num_batched_tokens": 8, "block_size": 4})
+    small = hybrid_engine(
+        0, config={"max_num_seqs": 3, "max_num_batched_tokens": 8, "block_size": 4}
+    )
     few_slots = tokens(small.rollout(prompts, SEEDED, uids=uids))
     # Pages for one long sequence and a little more: the others are set back and recomputed.
     page = 2 * 2 * 16 * 4 * 4 * 3

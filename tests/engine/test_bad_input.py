@@ -81,14 +81,14 @@ REFUSED_ROLLOUTS = {
     "negative token": (rolls_out([[5], [6, -1]], GREEDY), r"Prompt 1 .*got -1"),
     "a token that is no integer": (rolls_out([[5.0]], GREEDY), "got float"),
     "a bool for a token": (rolls_out([[True]], GREEDY), "got bool"),
-    "text": (rolls_out("hello", GREEDY), "Tokenise"),
-    "a list of texts": (rolls_out(["hello"], GREEDY), "Tokenise"),
-    "a flat list": (rolls_out([5, 6], GREEDY), "one flat list"),
-    "no list at all": (rolls_out(5, GREEDY), "list of lists"),
-    "a prompt that is None": (rolls_out([None], GREEDY), "Prompt 0|list of lists"),
+    "text": (rolls_out("hello", GREEDY), "got text .* Tokenise"),
+    "a list of texts": (rolls_out(["hello"], GREEDY), "got text .* Tokenise"),
+    "a flat list": (rolls_out([5, 6], GREEDY), "got int in place of a list"),
+    "no list at all": (rolls_out(5, GREEDY), "got int in place of a list"),
+    "a prompt that is None": (rolls_out([None], GREEDY), "got NoneType"),
     "a flat tensor": (rolls_out(torch.tensor([5, 6]), GREEDY), r"got \(2,\) of torch.int64"),
     "a float tensor": (rolls_out(torch.ones(1, 2), GREEDY), "torch.float32"),
-    "a bool tensor": (rolls_out(torch.ones(1, 2, dtype=torch.bool), GREEDY), "torch.bool"),
+    "a bool tensor": (rolls_out(torch.ones(1, 2, dtype=torch.bool), GREEDY), "got bool"),
     "a mask of another shape": (
         rolls_out(IDS, GREEDY, attention_mask=torch.ones(1, 2)),
         r"expected \(1, 3\), got \(1, 2\)",
@@ -109,7 +109,7 @@ REFUSED_ROLLOUTS = {
     "uids of another count": (rolls_out(PROMPTS, GREEDY, uids=[1]), "got 1 values"),
     "a uid twice": (rolls_out(PROMPTS, GREEDY, uids=[1, 1]), "stands twice"),
     "a uid that is no integer": (rolls_out(PROMPTS, GREEDY, uids=[1, 2.5]), "uids"),
-    "a uid past 64 bits": (rolls_out(PROMPTS, GREEDY, uids=[0, 2**64]), "64"),
+    "a uid past 64 bits": (rolls_out(PROMPTS, GREEDY, uids=[0, 2**64]), "uids are 64-bit"),
     "longer than the model": (
         rolls_out([[5] * 100], params(max_new_tokens=29)),
         r"max_position_embeddings: expected at most 128 tokens, got 100 \+ 29 = 129",
@@ -117,7 +117,7 @@ REFUSED_ROLLOUTS = {
     "stop strings without a tokenizer": (rolls_out(PROMPTS, params(stop="x")), "tokenizer"),
     "an end token outside the vocabulary": (
         rolls_out(PROMPTS, params(eos_token_id=VOCAB)),
-        "End|end token",
+        "end token lies outside the vocabulary",
     ),
 }
 
@@ -156,7 +156,11 @@ REFUSED_GENERATES = {
         ValueError,
         "num_return_sequences",
     ),
-    "top_p above 1": (generates(IDS, max_new_tokens=3, do_sample=True, top_p=1.5), ValueError, "top_p"),
+    "top_p above 1": (
+        generates(IDS, max_new_tokens=3, do_sample=True, top_p=1.5),
+        ValueError,
+        "top_p",
+    ),
     "negative temperature": (
         generates(IDS, max_new_tokens=3, do_sample=True, temperature=-1.0),
         ValueError,
@@ -168,9 +172,15 @@ REFUSED_GENERATES = {
         "is empty",
     ),
     "a mask of another shape": (
+        generates(IDS, attention_mask=torch.tensor([[0, 1]]), max_new_tokens=3),
+        ConfigError,
+        r"expected \(1, 3\), got \(1, 2\)",
+    ),
+    # HF drops a mask of ones before we see it, and fails where it meets the positions.
+    "a mask of ones of another shape": (
         generates(IDS, attention_mask=torch.ones(1, 2, dtype=torch.int64), max_new_tokens=3),
-        ValueError,
-        "mask",
+        RuntimeError,
+        "size",
     ),
 }
 
@@ -382,7 +392,9 @@ def test_models_that_cannot_generate_are_refused_and_stay_as_they_were(build):
         ({"kv_cache_bytes": -1}, "kv_cache_bytes"),
         ({"max_num_batched_tokens": 1.5}, "max_num_batched_tokens"),
         ({"backend": "cuda"}, "backend"),
-        ({"backend": "triton", "torch_ops": ("no_such_op",)}, "no_such_op"),
+        ({"backend": "triton"}, "CUDA"),
+        ({"torch_ops": ("no_such_op",)}, "no_such_op"),
+        ({"torch_ops": "linear"}, "torch_ops"),
         ({"release_inference_cache": "yes"}, "release_inference_cache"),
         ({"sync_timeout_s": 0}, "sync_timeout_s"),
         ({"sync_timeout_s": "long"}, "sync_timeout_s"),
