@@ -120,8 +120,8 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops) -> Verdict:
         return _to_hf(f"HF's forward does not fit the packed form ({_brief(error)})")
     if not (reference.hidden.isfinite().all() and reference.logits.isfinite().all()):
         # Nothing can be held against it; better weights may come with the next step.
-        reason = "HF's own forward gives values that are not finite"
-        return replace(_to_hf(reason), is_lasting=False)
+        verdict = _to_hf("HF's own forward gives values that are not finite")
+        return replace(verdict, is_lasting=False)
     trial = _Trial(parts, ops, reference)
     if any(plan.path == "fused" for plan in plans):
         plans = _check_layers(trial, plans, notes)
