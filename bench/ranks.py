@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -116,6 +117,8 @@ def _attempt(job: Job, hang_s: float) -> Attempt:
             if kind == "error":
                 raise RuntimeError(content)
             running, deadline = content, time.monotonic() + hang_s
+            # Minutes pass without a table: say who is at it.
+            print(f"{job.workload.name} {job.dtype}: {running}", file=sys.stderr, flush=True)
     finally:
         for process in ranks:
             process.join(timeout=5)
