@@ -52,12 +52,13 @@ def plain_engine(
     model: Any = None,
     lr: float = 3e-3,
     persistence: int = 0,
+    json: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Any:
     """A DeepSpeed engine that trains and knows nothing of us.
 
     ZeRO-3 leaves parameters of up to ``persistence`` elements whole, 100,000 by default, which
-    is more than any of ours has; 0 partitions all.
+    is more than any of ours has; 0 partitions all. ``json`` adds to DeepSpeed's config.
     """
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
@@ -75,6 +76,7 @@ def plain_engine(
     }
     if dtype is torch.bfloat16:
         config["bf16"] = {"enabled": True}
+    config |= json or {}
     model = model if model is not None else build_model(dtype, **overrides)
     engine, *_ = deepspeed.initialize(
         model=model,
