@@ -265,12 +265,16 @@ def wrap(
     # A backend that isn't there is refused here, before anything has changed.
     generation.ops()
     original_class = type(engine)
+    had_generate = module.__dict__.get("generate")
+    if isinstance(had_generate, ServedGenerate):
+        # The module is a copy of a wrapped one; its generate would lead back to this engine.
+        had_generate = None
     engine.__dict__[_STATE] = EngineState(
         original_class=original_class,
         config=resolved,
         generation=generation,
         seeds=_first_seed(),
-        had_generate=module.__dict__.get("generate"),
+        had_generate=had_generate,
     )
     engine.__class__ = type(f"Hybrid{original_class.__name__}", (HybridEngine, original_class), {})
     _ENGINES[id(module)] = engine

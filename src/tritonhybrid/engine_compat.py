@@ -10,6 +10,7 @@ from tritonhybrid.containers.description import registered_policies
 from tritonhybrid.containers.parts import find_parts
 from tritonhybrid.containers.plan import LayerPlan, describe_model
 from tritonhybrid.errors import ConfigError, explain
+from tritonhybrid.weights.hooks import deepspeed_hooks_aside
 
 if TYPE_CHECKING:
     from tritonhybrid.engine import EngineState
@@ -31,11 +32,13 @@ class SeedSurface:
 
     def create_inference_module(self) -> list[LayerPlan]:
         """Plan every layer of the model: fused, generic or HF's loop, with reasons."""
-        return describe_model(self.module)
+        return self.create_inference_containers(self.module)
 
     def create_inference_containers(self, module: nn.Module, layer_id: int = 0) -> list[LayerPlan]:
         """Plan the layers of ``module``, numbered from ``layer_id``."""
-        plans = describe_model(module)
+        # As a rollout meets it: ZeRO-3's own hooks would send every layer to generic.
+        with deepspeed_hooks_aside(module):
+            plans = describe_model(module)
         return [
             LayerPlan(plan.layer + layer_id, plan.path, plan.reason, plan.description)
             for plan in plans
