@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import queue
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -91,34 +91,18 @@ def compare_on_ranks(job: Job, *, hang_s: float) -> Outcome:
 def _attempt(job: Job, hang_s: float) -> Attempt:
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "deepspeed", "transformers"])
-    messages = context.Queue()
     port = free_port()
-    ranks = [
-        context.Process(target=_rank_main, args=(rank, port, job, messages), daemon=True)
-        for rank in range(job.workload.ranks)
-    ]
-    for process in ranks:
+    ranks, ends = [], []
+    for rank in range(job.workload.ranks):
+        # A pipe, not a queue: what a rank said before it died has arrived.
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(rank, port, job, theirs), daemon=True)
         process.start()
-    running = ""
-    deadline = time.monotonic() + hang_s
+        theirs.close()
+        ranks.append(process)
+        ends.append(ours)
     try:
-        while True:
-            try:
-                kind, content = messages.get(timeout=1.0)
-            except queue.Empty:
-                dead = [process.exitcode for process in ranks if process.exitcode not in (None, 0)]
-                if dead:
-                    return Attempt(None, running, f"its process died with exit code {dead[0]}")
-                if time.monotonic() > deadline:
-                    return Attempt(None, running, f"no answer within {hang_s:.0f} s, killed")
-                continue
-            if kind == "outcome":
-                return Attempt(content)
-            if kind == "error":
-                raise RuntimeError(content)
-            running, deadline = content, time.monotonic() + hang_s
-            # Minutes pass without a table: say who is at it.
-            print(f"{job.workload.name} {job.dtype}: {running}", file=sys.stderr, flush=True)
+        return _listen(job, ranks, ends, hang_s)
     finally:
         for process in ranks:
             process.join(timeout=5)
@@ -127,7 +111,46 @@ def _attempt(job: Job, hang_s: float) -> Attempt:
                 process.join()
 
 
-def _rank_main(rank: int, port: int, job: Job, messages: Any) -> None:
+def _listen(job: Job, ranks: list[Any], ends: list[Connection], hang_s: float) -> Attempt:
+    running = ""
+    open_ends = list(ends)
+    deadline = time.monotonic() + hang_s
+    while time.monotonic() < deadline:
+        for end in wait(open_ends, timeout=1.0):
+            try:
+                kind, content = end.recv()
+            except EOFError:
+                open_ends.remove(end)
+                died = _death(ranks)
+                if died or not open_ends:
+                    return Attempt(None, running, died or "the ranks ended without an outcome")
+                continue
+            if kind == "outcome":
+                return Attempt(content)
+            if kind == "error":
+                # Where a rank died, the others' errors are only the echo of that.
+                died = _death(ranks)
+                if died:
+                    return Attempt(None, running, died)
+                raise RuntimeError(content)
+            running, deadline = content, time.monotonic() + hang_s
+            # Minutes pass without a table: say who is at it.
+            print(f"{job.workload.name} {job.dtype}: {running}", file=sys.stderr, flush=True)
+    return Attempt(None, running, f"no answer within {hang_s:.0f} s, killed")
+
+
+def _death(ranks: list[Any]) -> str:
+    """Return which rank died and how; empty where all run or ended of themselves."""
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        for rank, process in enumerate(ranks):
+            if process.exitcode not in (None, 0):
+                return f"rank {rank} died with exit code {process.exitcode}"
+        time.sleep(0.05)
+    return ""
+
+
+def _rank_main(rank: int, port: int, job: Job, messages: Connection) -> None:
     torch.set_num_threads(job.threads)
     # Both write a line a call, between the tables.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -144,13 +167,13 @@ def _rank_main(rank: int, port: int, job: Job, messages: Any) -> None:
 
         def announce(name: str) -> None:
             if rank == 0:
-                messages.put(("running", name))
+                messages.send(("running", name))
 
         outcome = compare(field_of, job.dtype, job.rounds, Ranks(job.device), announce)
         if rank == 0:
-            messages.put(("outcome", outcome))
+            messages.send(("outcome", outcome))
     except Exception as error:
-        messages.put(("error", f"rank {rank}: {type(error).__name__}: {error}"))
+        messages.send(("error", f"rank {rank}: {type(error).__name__}: {error}"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
