@@ -108,6 +108,17 @@ def test_a_hook_on_the_model_goes_to_hugging_faces_loop_also_when_it_comes_later
     assert engine.rollout(PROMPTS, GREEDY).stats.path == "fused"
 
 
+def test_hooks_that_hugging_face_leaves_after_recording_hidden_states_do_not_count():
+    model = build("llama")
+    with torch.no_grad():
+        model(input_ids=torch.tensor([PROMPTS[0]]), output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks
+    check_family(model, max_new_tokens=8, path="fused")
+    with torch.no_grad():
+        seen = model(input_ids=torch.tensor([PROMPTS[0]]), output_hidden_states=True)
+    assert len(seen.hidden_states) == 3
+
+
 def test_a_parametrised_weight_is_computed_by_its_module():
     class Doubled(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+_HF_CAPTURE = "transformers.utils.output_capturing"
+
 
 class Projection:
     """One output projection ``[T, in] -> [T, out]``.
@@ -50,5 +52,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook (a user's, by now) watches the module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a forward hook (a user's, by now) watches the module.
+
+    Those that transformers leaves behind after a first call with ``output_hidden_states``
+    record nothing outside such calls and don't count.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != _HF_CAPTURE for hook in hooks)
