@@ -17,7 +17,8 @@ from torch import nn
 from tritonhybrid.block_manager import BlockManager
 from tritonhybrid.config import HybridConfig
 from tritonhybrid.containers.binding import Binding
-from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts
+from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts, own_generate
+from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import count_paths, fingerprint, plan_layers, unsuited
 from tritonhybrid.containers.probe import Verdict, probe
 from tritonhybrid.errors import CacheExhaustedError, ConfigError, KernelArgumentError, explain
@@ -169,7 +170,16 @@ class Generation:
             stats.extra_weight_bytes = weights.extra_bytes
             stats.path, stats.backend, stats.sampler = "hf", "torch", "hf"
             self._announce(stats, f"HF's own decoding serves this call: {reason}")
+            return self._with_hf_generate(decode)
+
+    def _with_hf_generate(self, decode: Callable[[], Any]) -> Any:
+        """Decode while the module's generate is HF's: assisted decodings call it again."""
+        patches = Patches()
+        try:
+            patches.set(self.module, "generate", own_generate(self.module))
             return decode()
+        finally:
+            patches.undo()
 
     def _serve(
         self,
@@ -189,7 +199,7 @@ class Generation:
             stats.layer_paths = {f"hf: {reason}": len(parts.layers) if parts else 1}
             if hf_decoding is not None:
                 stats.sampler = "hf"
-                return hf_decoding()
+                return self._with_hf_generate(hf_decoding)
             run_hf_loop(self.module, sequences, self.ops(), stats, self.finish_text)
             return None
         for note in verdict.notes:

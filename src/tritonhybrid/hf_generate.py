@@ -10,10 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation.logits_process import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -40,7 +46,17 @@ _SERVED_PROCESSORS = (
     MinPLogitsWarper,
 )
 _SERVED_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
-_OWN_DECODING = ("streamer", "assistant_model", "custom_generate", "synced_gpus", "num_beams")
+# A tokenizer serves stop strings; HF hands it to its own decodings only.
+_OWN_DECODING = (
+    "assistant_model",
+    "custom_generate",
+    "logits_processor",
+    "num_beams",
+    "stopping_criteria",
+    "streamer",
+    "tokenizer",
+)
+_PARAMETERS = tuple(signature(GenerationMixin.generate).parameters)[1:]
 _MODEL_KWARGS = {
     "attention_mask",
     "position_ids",
@@ -78,11 +94,16 @@ def serve_generate(
     Returns:
         What HF's generate returns.
     """
-    own = [name for name in _OWN_DECODING if kwargs.get(name) not in (None, 1, False)]
+    if "synced_gpus" not in _PARAMETERS[: len(inputs)]:
+        # Weights are whole: no rank needs the others' forwards.
+        kwargs["synced_gpus"] = False
+
+    def hf_generate() -> Any:
+        return original(*inputs, **kwargs)
+
+    own = _asked_of_hf({**dict(zip(_PARAMETERS, inputs, strict=False)), **kwargs})
     if own:
-        kwargs.setdefault("synced_gpus", False)
-        return fallback(", ".join(own), lambda: original(*inputs, **kwargs))
-    kwargs.pop("synced_gpus", None)
+        return fallback(", ".join(own), hf_generate)
 
     def decode(
         model: Any,
@@ -95,24 +116,24 @@ def serve_generate(
         reason = _not_served(
             input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
         )
-
-        def hf_decoding() -> Any:
-            return _hf_decoding(model, generation_config)(
-                model,
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                **model_kwargs,
-            )
-
         if reason is not None:
-            return fallback(reason, hf_decoding)
+            return fallback(reason, hf_generate)
         params = _sampling_params(input_ids, generation_config)
-        new = native(input_ids, model_kwargs.get("attention_mask"), params, hf_decoding)
+        new = native(input_ids, model_kwargs.get("attention_mask"), params, hf_generate)
         return _output(input_ids, new, generation_config) if isinstance(new, list) else new
 
-    return original(*inputs, **kwargs, custom_generate=decode)
+    return original(*inputs, **{**kwargs, "custom_generate": decode})
+
+
+def _asked_of_hf(arguments: dict[str, Any]) -> list[str]:
+    """Names of arguments that only HF's own decodings honour."""
+    given = {name: arguments.get(name) for name in _OWN_DECODING}
+    return [
+        name
+        for name, value in given.items()
+        if not (value is None or (name == "num_beams" and value == 1))
+        and not (isinstance(value, list) and not value)
+    ]
 
 
 def _not_served(
@@ -214,12 +235,6 @@ def _output(
     if config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=cast("torch.LongTensor", sequences))
     return sequences
-
-
-def _hf_decoding(model: Any, config: GenerationConfig) -> Callable[..., Any]:
-    beams = (config.num_beams or 1) > 1
-    decoding: Callable[..., Any] = type(model)._beam_search if beams else type(model)._sample
-    return decoding
 
 
 def _or(value: float | None, default: float) -> float:

@@ -122,7 +122,7 @@ def test_prompts_of_unequal_length_on_hugging_faces_loop_are_those_of_each_alone
 
 
 def test_each_sequence_on_hugging_faces_loop_has_its_own_length_end_and_noise():
-    model = build("mpt")
+    model = build("gptj")
     engine = hold(model)
     prompt, other = prompts(4, 4)
     free = hf_alone(model, prompt, 12)
