@@ -21,7 +21,6 @@ SAMPLED = SamplingParams(max_new_tokens=6, n=2)
 PROMPTS = ragged_prompts(3)
 
 both_world_sizes = pytest.mark.parametrize("world_size", [1, 2])
-every_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 # With 100,000, DeepSpeed's default, all of a tiny model stays whole; with 0 none of it does.
 persistences = pytest.mark.parametrize("persistence", [0, 100_000])
 
@@ -186,13 +185,10 @@ def calls_between_forward_and_backward(
 
 
 @both_world_sizes
-@persistences
-@every_stage
+@pytest.mark.parametrize(("stage", "persistence"), [(0, 0), (1, 0), (2, 0), (3, 0), (3, 100_000)])
 def test_calls_between_forward_backward_and_step_leave_losses_bit_equal(
     ranks, stage, persistence, world_size
 ):
-    if stage < 3 and persistence:
-        persistence = 0
     pool = ranks(world_size)
     plain = pool.run(calls_between_forward_and_backward, stage, persistence, False)
     ours = pool.run(calls_between_forward_and_backward, stage, persistence, True)
