@@ -26,6 +26,13 @@ from torch import Tensor
 
 from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma
 from tritonhybrid_kernels.attention_varlen import attention_varlen_ref
+from tritonhybrid_kernels.host_decode import (
+    Pages,
+    attend_in_place,
+    attend_shared,
+    rows_per_copy,
+    shared_groups,
+)
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     check_launchable,
@@ -41,10 +48,6 @@ _NUM_SMS: Final = 132
 
 # Splits that the merge loads at a time.
 _MERGED_SPLITS: Final = 16
-
-# Keys (and as many values) copied out of the pages at a time: larger copies leave the CPU's caches
-# and come from fresh memory whose page faults cost more than the copy.
-_GATHERED_BYTES: Final = 4 << 20
 
 
 @triton.jit
@@ -465,8 +468,8 @@ def paged_attention_decode_ref(
 ) -> Tensor:
     """Do in torch what :func:`paged_attention_decode` does, with sinks and ALiBi as well.
 
-    Reads the lengths on the host: on the CPU a gather of the pages in use and one call of SDPA
-    beat any path of fixed shape. `num_splits` and `workspace` have no meaning here.
+    Reads tables and lengths on the host: on the CPU pages read in place, or else copied, and one
+    call of SDPA beat any path of fixed shape. `num_splits` and `workspace` have no meaning here.
     """
     del num_splits, workspace
     if out is None:
@@ -487,22 +490,40 @@ def paged_attention_decode_ref(
             out=out,
         )
     lengths = context_lens.tolist()
-    num_kv_heads, row_bytes = k_cache.shape[2], k_cache[0, 0].nbytes
+    num_kv_heads = k_cache.shape[2]
     grouped = q.unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
     result = out.view_as(grouped)
-    num_rows = max(1, _GATHERED_BYTES // max(1, row_bytes * max(lengths, default=0)))
-    for first in range(0, len(lengths), num_rows):
-        rows = slice(first, first + num_rows)
-        result[rows] = _attend(
-            grouped[rows],
-            k_cache,
-            v_cache,
-            block_table[rows],
-            context_lens[rows],
-            lengths[rows],
-            scale,
-            window,
-        )
+    plain = [range(len(lengths))]
+    pages = None
+    if k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape:
+        pages = Pages(k_cache, v_cache, block_table.tolist(), lengths)
+        if window is None:
+            groups, plain = shared_groups(pages)
+            for rows, shared in groups:
+                part = slice(rows.start, rows.stop)
+                result[part] = attend_shared(grouped[part], pages, rows, shared, scale)
+    for rows in plain:
+        attended = None
+        if pages is not None and all(lengths[row] for row in rows):
+            queries = grouped[rows.start : rows.stop]
+            attended = attend_in_place(queries, pages, rows, scale, window)
+        if attended is not None:
+            result[rows.start : rows.stop] = attended
+            continue
+        longest = max((lengths[row] for row in rows), default=0)
+        num_rows = rows_per_copy(longest, k_cache[0, 0].nbytes)
+        for start in range(rows.start, rows.stop, num_rows):
+            part = slice(start, min(start + num_rows, rows.stop))
+            result[part] = _attend(
+                grouped[part],
+                k_cache,
+                v_cache,
+                block_table[part],
+                context_lens[part],
+                lengths[part],
+                scale,
+                window,
+            )
     return out
 
 
@@ -554,9 +575,5 @@ def _attend(
 
 
 def _slots(cache: Tensor, pages: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Slots [B, num_pages * S, K, E] of the pages [B, num_pages]; a view for one run of pages."""
-    if pages.shape[0] == 1:
-        numbers = pages[0].tolist()
-        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-            return cache[numbers[0] : numbers[0] + len(numbers)].view(shape)
+    """Slots [B, num_pages * S, K, E] of the pages [B, num_pages], copied."""
     return cache.index_select(0, pages.flatten()).view(shape)

@@ -248,6 +248,10 @@ def sample_logits_ref(
     # the slow index reductions and no CDF as long as the row.
     row_max, best_piece = _per_piece(logits, Tensor.amax).max(-1, keepdim=True)
     best_in_piece = _take_piece(logits, best_piece, float("-inf")).argmax(-1)
+    if bool(greedy.all()):
+        return best_piece.squeeze(1) * _PIECE + best_in_piece, row_max.squeeze(
+            1
+        ) - logits.logsumexp(1)
     weights = (logits - row_max).exp_()
     # fp64 over the few pieces: the target stays below the total for every uniform.
     cdf = _per_piece(weights, Tensor.sum).double().cumsum(-1)

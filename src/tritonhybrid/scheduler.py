@@ -139,7 +139,7 @@ class Scheduler:
                 over = groups and tokens + len(sequence) > self.max_num_batched_tokens
                 if over or need + reserve > spare:
                     break
-                sequence.block_table = self.blocks.allocate(need)
+                sequence.block_table = self.blocks.allocate(need, room=self._room(sequence))
                 spare -= need + reserve
                 tokens += len(sequence)
                 groups.append(PrefillGroup(sequence))
@@ -161,13 +161,17 @@ class Scheduler:
                 if index >= len(self.running):
                     break
             else:
-                copy = self.blocks.append(sequence.block_table, position)
+                copy = self.blocks.append(sequence.block_table, position, room=self._room(sequence))
                 if copy is not None:
                     step.copies.append(copy)
                 step.decode.append(sequence)
                 index += 1
         assert step.decode, "add() admits only sequences that can finish alone"
         return step
+
+    def _room(self, sequence: Sequence) -> int:
+        """Pages the sequence fills when it samples all it may (the last token is not kept)."""
+        return self.blocks.blocks_for(max(sequence.max_length - 1, 1))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.block_table)

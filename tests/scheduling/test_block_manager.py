@@ -102,11 +102,11 @@ def test_counts_hold_after_a_random_walk(seed: int):
     ("damage", "message"),
     [
         (lambda blocks, table: table.pop(), "differ from the tables'"),
-        (lambda blocks, table: blocks._free.append(table[0]), "free twice, or free and in use"),
-        (lambda blocks, table: blocks._free.append(blocks._free[0]), "free twice"),
-        (lambda blocks, table: blocks._free.pop(), "are not 4"),
+        (lambda blocks, table: blocks._is_free.__setitem__(table[0], 1), "free and in use"),
+        (lambda blocks, table: setattr(blocks, "_num_free", 3), "counted 3"),
+        (lambda blocks, table: blocks._is_free.__setitem__(3, 0), "are not 4"),
     ],
-    ids=["lost reference", "free and used", "free twice", "lost page"],
+    ids=["lost reference", "free and used", "miscounted", "lost page"],
 )
 def test_check_integrity_notices_damage(damage, message: str):
     blocks = BlockManager(4, 16)
@@ -114,3 +114,32 @@ def test_check_integrity_notices_damage(damage, message: str):
     damage(blocks, table)
     with pytest.raises(AssertionError, match=message):
         blocks.check_integrity([table])
+
+
+def test_tables_with_room_grow_into_runs_of_neighbouring_pages():
+    blocks = BlockManager(12, 4)
+    first, second = blocks.allocate(1, room=4), blocks.allocate(2, room=4)
+    assert (first, second) == ([0], [4, 5])
+    for position in (4, 8, 12):
+        assert blocks.append(first, position, room=4) is None
+    assert blocks.append(second, 8, room=4) is None
+    assert (first, second) == ([0, 1, 2, 3], [4, 5, 6])
+    blocks.check_integrity([first, second])
+
+
+def test_room_gives_way_when_nothing_else_is_free():
+    blocks = BlockManager(5, 4)
+    first, second = blocks.allocate(1, room=4), blocks.allocate(4, room=4)
+    assert sorted(first + second) == [0, 1, 2, 3, 4]
+    assert not blocks.can_allocate(1)
+    blocks.check_integrity([first, second])
+
+
+def test_a_shared_page_is_copied_to_where_its_table_has_room():
+    blocks = BlockManager(12, 4)
+    first = blocks.allocate(2, room=4)
+    second = blocks.share(first)
+    assert blocks.append(second, 5, room=4) == BlockCopy(1, 4)
+    assert blocks.append(second, 8, room=4) is None
+    assert second == [0, 4, 5]
+    blocks.check_integrity([first, second])

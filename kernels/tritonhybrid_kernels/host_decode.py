@@ -1,0 +1,236 @@
+"""Decode attention over pages on the CPU, copying as few of them as it can.
+
+A copy of the pages costs more than the attention itself, so runs of neighbouring pages are read
+in place, and pages that several sequences share (the samples of one prompt) are attended once for
+all of them: softmax over a union of keys is the mean of the parts' results, weighted by the
+exponentials of their log-sum-exps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Keys (and as many values) copied out of the pages at a time: larger copies leave the CPU's caches
+# and come from fresh memory whose page faults cost more than the copy.
+_GATHERED_BYTES: Final = 4 << 20
+# A call of SDPA costs as much as copying about this many bytes of keys.
+_CALL_BYTES: Final = 96 << 10
+# Fewer shared keys than this are not worth the merge.
+_LEAST_SHARED: Final = 128
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The key and value pages of one layer and the tables of a batch, all known to the host.
+
+    Attributes:
+        k: keys [N, S, K, E], contiguous.
+        v: values [N, S, K, E], contiguous.
+        tables: page numbers a sequence; what follows its last page is arbitrary.
+        lengths: keys a sequence has.
+    """
+
+    k: Tensor
+    v: Tensor
+    tables: list[list[int]]
+    lengths: list[int]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a page holds."""
+        return self.k.shape[1]
+
+    def run(self, row: int, first_page: int) -> int | None:
+        """First slot of a row's pages from `first_page` on, if they are neighbours."""
+        table = self.tables[row]
+        last = -(-self.lengths[row] // self.block_size)
+        start = table[first_page]
+        if table[first_page:last] != list(range(start, start + last - first_page)):
+            return None
+        return start * self.block_size
+
+    def slots(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, K, count, E] of neighbouring slots, read in place."""
+        keys, values = (
+            cache.view(-1, *cache.shape[2:])[first : first + count].transpose(0, 1).unsqueeze(0)
+            for cache in (self.k, self.v)
+        )
+        return keys, values
+
+    def strided(self, first: int, step: int, rows: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, K, count, E] of runs that lie `step` slots apart, in place."""
+        num_heads, head_dim = self.k.shape[2:]
+        width = num_heads * head_dim
+        keys, values = (
+            cache.as_strided(
+                (rows, num_heads, count, head_dim),
+                (step * width, head_dim, width, 1),
+                cache.storage_offset() + first * width,
+            )
+            for cache in (self.k, self.v)
+        )
+        return keys, values
+
+    def gathered(self, row: int, first_page: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, K, count, E] of a row from `first_page` on, copied."""
+        last = -(-self.lengths[row] // self.block_size)
+        pages = torch.tensor(self.tables[row][first_page:last])
+        count = self.lengths[row] - first_page * self.block_size
+        keys, values = (
+            cache.index_select(0, pages).flatten(0, 1)[:count].transpose(0, 1).unsqueeze(0)
+            for cache in (self.k, self.v)
+        )
+        return keys, values
+
+
+def shared_groups(pages: Pages) -> tuple[list[tuple[range, int]], list[range]]:
+    """Split a batch into rows that begin with the same pages and rows that do not.
+
+    Returns:
+        The groups, each with how many whole pages its rows share (every row has at least one
+        key beyond them), and the runs of remaining rows.
+    """
+    tables, lengths, size = pages.tables, pages.lengths, pages.block_size
+    groups: list[tuple[range, int]] = []
+    plain: list[range] = []
+    row = 0
+    while row < len(tables):
+        end = row + 1
+        shared = max(lengths[row] - 1, 0) // size
+        while end < len(tables) and shared * size >= _LEAST_SHARED:
+            own = max(lengths[end] - 1, 0) // size
+            common = _common(tables[row], tables[end], min(shared, own))
+            if common * size < _LEAST_SHARED:
+                break
+            shared = common
+            end += 1
+        if end - row > 1:
+            groups.append((range(row, end), shared))
+        elif plain and plain[-1].stop == row:
+            plain[-1] = range(plain[-1].start, end)
+        else:
+            plain.append(range(row, end))
+        row = end
+    return groups, plain
+
+
+def _common(left: list[int], right: list[int], most: int) -> int:
+    if left[:most] == right[:most]:
+        return most
+    return next(index for index in range(most) if left[index] != right[index])
+
+
+def attend_shared(q: Tensor, pages: Pages, rows: range, shared: int, scale: float) -> Tensor:
+    """Attention of rows whose first `shared` pages are the same ones.
+
+    Args:
+        q: queries of these rows [g, K, G, E].
+        pages: of the whole batch.
+        rows: which rows of the batch these are.
+        shared: whole pages in common; every row has keys beyond them.
+        scale: factor on the scores.
+
+    Returns:
+        [g, K, G, E].
+    """
+    num_rows, num_heads, group, head_dim = q.shape
+    together = q.transpose(0, 1).reshape(1, num_heads, num_rows * group, head_dim)
+    prefix = Pages(pages.k, pages.v, [pages.tables[rows[0]]], [shared * pages.block_size])
+    start = prefix.run(0, 0)
+    keys, values = (
+        prefix.slots(start, prefix.lengths[0]) if start is not None else prefix.gathered(0, 0)
+    )
+    out, lse = _attend_with_lse(together, keys, values, scale)
+    head = out.view(num_heads, num_rows, group, head_dim).transpose(0, 1)
+    head_lse = lse.view(num_heads, num_rows, group).transpose(0, 1)
+    tail, tail_lse = _attend_own(q, pages, rows, shared, scale)
+    weight = torch.sigmoid(head_lse - tail_lse).unsqueeze(-1)
+    # lerp in fp32: the parts are already rounded, their mean is rounded once more.
+    return torch.lerp(tail.float(), head.float(), weight).to(q.dtype)
+
+
+def attend_in_place(
+    q: Tensor, pages: Pages, rows: range, scale: float, window: int | None
+) -> Tensor | None:
+    """Attention of rows that share nothing, without a copy; None where copying is cheaper.
+
+    Args:
+        q: queries of these rows [B, K, G, E].
+        pages: of the whole batch.
+        rows: which rows of the batch these are; all have keys.
+        scale: factor on the scores.
+        window: keys a query sees, or None for all.
+    """
+    starts = [pages.run(row, 0) for row in rows]
+    if any(start is None for start in starts):
+        return None
+    lengths = [pages.lengths[row] for row in rows]
+    skips = [0 if window is None else max(0, length - window) for length in lengths]
+    firsts = [start + skip for start, skip in zip(starts, skips, strict=True) if start is not None]
+    counts = [length - skip for length, skip in zip(lengths, skips, strict=True)]
+    step = _common_step(firsts) if len(set(counts)) == 1 else None
+    if step is not None:
+        keys, values = pages.strided(firsts[0], step, len(rows), counts[0])
+        return F.scaled_dot_product_attention(q, keys, values, scale=scale)
+    if sum(counts) * pages.k[0, 0].nbytes < len(rows) * _CALL_BYTES:
+        return None
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(
+                q[row : row + 1], *pages.slots(first, count), scale=scale
+            )
+            for row, (first, count) in enumerate(zip(firsts, counts, strict=True))
+        ]
+    )
+
+
+def rows_per_copy(longest: int, row_bytes: int) -> int:
+    """How many sequences to copy at a time."""
+    return max(1, _GATHERED_BYTES // max(1, row_bytes * longest))
+
+
+def _attend_own(
+    q: Tensor, pages: Pages, rows: range, first_page: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of each row over its own pages from `first_page` on: [g, K, G, E], [g, K, G]."""
+    skipped = first_page * pages.block_size
+    counts = [pages.lengths[row] - skipped for row in rows]
+    starts = [pages.run(row, first_page) for row in rows]
+    runs = [start for start in starts if start is not None]
+    step = _common_step(runs) if len(runs) == len(rows) and len(set(counts)) == 1 else None
+    if step is not None:
+        keys, values = pages.strided(runs[0], step, len(rows), counts[0])
+        return _attend_with_lse(q, keys, values, scale)
+    parts = []
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        if start is not None:
+            keys, values = pages.slots(start, counts[index])
+        else:
+            keys, values = pages.gathered(row, first_page)
+        parts.append(_attend_with_lse(q[index : index + 1], keys, values, scale))
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def _common_step(firsts: list[int]) -> int | None:
+    """The distance between neighbours if it is the same throughout and not negative."""
+    if len(firsts) == 1:
+        return 0
+    step = firsts[1] - firsts[0]
+    same = all(b - a == step for a, b in pairwise(firsts))
+    return step if same and step >= 0 else None
+
+
+def _attend_with_lse(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """SDPA that also gives the log-sum-exp of the scores, [B, heads, queries] in fp32."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, keys, values, scale=scale
+    )
+    return out, lse
