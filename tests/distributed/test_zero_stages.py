@@ -21,10 +21,18 @@ from tritonhybrid import SamplingParams
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
 
 
-def roll_out_between_steps(stage: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def roll_out_between_steps(
+    stage: int, dtype: torch.dtype, offloaded: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
     """Three rollouts with a training step between each, beside HF on a copy of the weights."""
     rank = torch.distributed.get_rank()
-    engine = hybrid_engine(stage, dtype=dtype)
+    json: dict[str, Any] = {}
+    if offloaded:
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        zero |= {f"offload_{what}": {"device": "cpu"} for what in offloaded}
+        # DeepSpeed's own CPU Adam would be compiled first.
+        json = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+    engine = hybrid_engine(stage, dtype=dtype, json=json)
     rounds = []
     for index in range(3):
         prompts = ragged_prompts(4 + rank, seed=10 * index + rank)
@@ -61,6 +69,17 @@ def test_fp32_greedy_tokens_are_hfs_before_and_after_training_steps(ranks, stage
             assert result["stats"].strategy == ("pinned" if stage == 3 else "resident")
         # The weights did change between the rounds.
         assert len({result["loss"] for result in rounds}) == 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "offloaded"), [(2, ("optimizer",)), (3, ("optimizer",)), (3, ("optimizer", "param"))]
+)
+def test_offloaded_engines_give_hfs_tokens(ranks, stage, offloaded):
+    (rounds,) = ranks(1).run(roll_out_between_steps, stage, torch.float32, offloaded)
+    for result in rounds:
+        assert result["tokens"] == result["hf_tokens"]
+        assert result["stats"].strategy == ("pinned" if stage == 3 else "resident")
+    assert len({result["loss"] for result in rounds}) == 3
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
