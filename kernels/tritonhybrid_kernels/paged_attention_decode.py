@@ -472,8 +472,6 @@ def paged_attention_decode_ref(
     call of SDPA beat any path of fixed shape. `num_splits` and `workspace` have no meaning here.
     """
     del num_splits, workspace
-    if out is None:
-        out = torch.empty_like(q)
     if softcap is not None or sinks is not None or alibi_slopes is not None:
         return attention_varlen_ref(
             q,
@@ -489,19 +487,28 @@ def paged_attention_decode_ref(
             alibi_slopes=alibi_slopes,
             out=out,
         )
+    if q.shape[0] == 0:
+        return torch.empty_like(q) if out is None else out
     lengths = context_lens.tolist()
     num_kv_heads = k_cache.shape[2]
     grouped = q.unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
-    result = out.view_as(grouped)
     plain = [range(len(lengths))]
+    groups: list[tuple[range, int]] = []
     pages = None
     if k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape:
         pages = Pages(k_cache, v_cache, block_table.tolist(), lengths)
         if window is None:
             groups, plain = shared_groups(pages)
-            for rows, shared in groups:
-                part = slice(rows.start, rows.stop)
-                result[part] = attend_shared(grouped[part], pages, rows, shared, scale)
+        if not groups and out is None and all(lengths):
+            whole = attend_in_place(grouped, pages, plain[0], scale, window)
+            if whole is not None:
+                return whole.reshape(q.shape)
+    out = torch.empty_like(q) if out is None else out
+    result = out.view_as(grouped)
+    for rows, shared in groups:
+        assert pages is not None
+        part = slice(rows.start, rows.stop)
+        result[part] = attend_shared(grouped[part], pages, rows, shared, scale)
     for rows in plain:
         attended = None
         if pages is not None and all(lengths[row] for row in rows):

@@ -147,7 +147,7 @@ def test_decode_tiles_give_most_multiprocessors_work(num_rows, num_columns, dept
     assert tiles >= 132 * 0.9 or config.block_n == narrowest
 
 
-@pytest.mark.parametrize("op", [linear, linear_ref])
+@pytest.mark.parametrize("op", [linear])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
