@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from tritonhybrid_kernels.host_linear import host_linear
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     check_launchable,
@@ -186,12 +187,12 @@ def gate_up_silu_ref(
     """Compute the same as :func:`gate_up_silu` with torch, on any device; see there."""
     if activation not in ACTIVATIONS:
         _check(x, gate_weight, up_weight, gate_bias, up_bias, activation)
-    gate = functional.linear(x, gate_weight, gate_bias)
+    gate = host_linear(x, gate_weight, gate_bias)
     if activation == "silu":
         gate = functional.silu(gate, inplace=True)
     else:
         gate = functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return gate.mul_(functional.linear(x, up_weight, up_bias))
+    return gate.mul_(host_linear(x, up_weight, up_bias))
 
 
 def _check(

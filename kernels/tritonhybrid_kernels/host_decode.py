@@ -167,6 +167,14 @@ def attend_in_place(
         scale: factor on the scores.
         window: keys a query sees, or None for all.
     """
+    if len(rows) == 1:
+        start = pages.run(rows.start, 0)
+        if start is None:
+            return None
+        count = pages.lengths[rows.start]
+        skip = 0 if window is None else max(0, count - window)
+        keys, values = pages.strided(start + skip, 0, 1, count - skip)
+        return F.scaled_dot_product_attention(q, keys, values, scale=scale)
     starts = [pages.run(row, 0) for row in rows]
     if any(start is None for start in starts):
         return None

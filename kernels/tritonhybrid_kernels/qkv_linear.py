@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
+from tritonhybrid_kernels.host_linear import host_linear
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     check_launchable,
@@ -195,9 +195,9 @@ def qkv_linear_ref(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the same as :func:`qkv_linear` with torch, on any device; see there."""
     return (
-        functional.linear(x, q_weight, q_bias),
-        functional.linear(x, k_weight, k_bias),
-        functional.linear(x, v_weight, v_bias),
+        host_linear(x, q_weight, q_bias),
+        host_linear(x, k_weight, k_bias),
+        host_linear(x, v_weight, v_bias),
     )
 
 

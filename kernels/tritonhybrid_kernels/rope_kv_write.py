@@ -15,7 +15,7 @@ Source: Su et al., "RoFormer" (arXiv:2104.09864), in the half-split layout of HF
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
@@ -33,6 +33,9 @@ from tritonhybrid_kernels.launch import (
     require,
 )
 from tritonhybrid_kernels.paged_cache import check_heads, check_index, check_paged_cache
+
+# Decode steps of up to so many rows are bound by calls, not by copies.
+_FEW_TOKENS: Final = 32
 
 
 @triton.jit
@@ -436,7 +439,7 @@ def rope_kv_write_ref(
     k_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> None:
-    """Do in torch what :func:`rope_kv_write` does; `k` is rotated in place too.
+    """Do in torch what :func:`rope_kv_write` does.
 
     With tables in the dtype of q the result has the bits of HF's ``apply_rotary_pos_emb``; with
     fp32 tables the rotation is computed in fp32 and rounded once.
@@ -453,8 +456,15 @@ def rope_kv_write_ref(
         # rotate_half(x) * sin = cat(-x2, x1) * sin = cat(x2, x1) * cat(-sin1, sin2): negation is
         # exact, so it can sit in the small table instead of the heads.
         sin_t[..., : sin_t.shape[-1] // 2].neg_()
-        _rotate_(q, cos_t, sin_t)
-        _rotate_(k, cos_t, sin_t)
+        if q.shape[0] <= _FEW_TOKENS:
+            # So few heads cost by the call: rotate those of q and k together.
+            heads = torch.cat((q, k), 1)
+            _rotate_(heads, cos_t, sin_t)
+            rotated, k = heads.split((q.shape[1], k.shape[1]), 1)
+            q.copy_(rotated)
+        else:
+            _rotate_(q, cos_t, sin_t)
+            _rotate_(k, cos_t, sin_t)
     # A list of host memory on the CPU, where the copies below refuse negative indices. On a
     # device this waits for it: there the kernel is the path that reads nothing.
     if min(slot_mapping.tolist()) < 0:
