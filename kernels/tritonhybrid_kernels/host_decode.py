@@ -9,7 +9,6 @@ exponentials of their log-sum-exps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
 import torch
@@ -182,20 +181,38 @@ def attend_in_place(
     skips = [0 if window is None else max(0, length - window) for length in lengths]
     firsts = [start + skip for start, skip in zip(starts, skips, strict=True) if start is not None]
     counts = [length - skip for length, skip in zip(lengths, skips, strict=True)]
-    step = _common_step(firsts) if len(set(counts)) == 1 else None
-    if step is not None:
-        keys, values = pages.strided(firsts[0], step, len(rows), counts[0])
-        return F.scaled_dot_product_attention(q, keys, values, scale=scale)
-    if sum(counts) * pages.k[0, 0].nbytes < len(rows) * _CALL_BYTES:
+    parts = evenly_spaced(firsts, counts)
+    if len(parts) > 1 and sum(counts) * pages.k[0, 0].nbytes < len(parts) * _CALL_BYTES:
         return None
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(
-                q[row : row + 1], *pages.slots(first, count), scale=scale
-            )
-            for row, (first, count) in enumerate(zip(firsts, counts, strict=True))
-        ]
-    )
+    results = []
+    for part in parts:
+        step = firsts[part.start + 1] - firsts[part.start] if len(part) > 1 else 0
+        keys, values = pages.strided(firsts[part.start], step, len(part), counts[part.start])
+        queries = q[part.start : part.stop]
+        results.append(F.scaled_dot_product_attention(queries, keys, values, scale=scale))
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def evenly_spaced(firsts: list[int], counts: list[int]) -> list[range]:
+    """Cut rows into runs whose first slots lie evenly apart, ascending, and count as many.
+
+    Two rows always lie evenly apart, so what is left of a batch after its short sequences have
+    ended still needs at most half as many calls as rows, if their lengths are one.
+    """
+    parts: list[range] = []
+    start = 0
+    while start < len(firsts):
+        end = start + 1
+        while (
+            end < len(firsts)
+            and counts[end] == counts[start]
+            and firsts[end] >= firsts[end - 1]
+            and firsts[end] - firsts[end - 1] == firsts[start + 1] - firsts[start]
+        ):
+            end += 1
+        parts.append(range(start, end))
+        start = end
+    return parts
 
 
 def rows_per_copy(longest: int, row_bytes: int) -> int:
@@ -210,28 +227,23 @@ def _attend_own(
     skipped = first_page * pages.block_size
     counts = [pages.lengths[row] - skipped for row in rows]
     starts = [pages.run(row, first_page) for row in rows]
-    runs = [start for start in starts if start is not None]
-    step = _common_step(runs) if len(runs) == len(rows) and len(set(counts)) == 1 else None
-    if step is not None:
-        keys, values = pages.strided(runs[0], step, len(rows), counts[0])
-        return _attend_with_lse(q, keys, values, scale)
-    parts = []
-    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        if start is not None:
-            keys, values = pages.slots(start, counts[index])
-        else:
-            keys, values = pages.gathered(row, first_page)
-        parts.append(_attend_with_lse(q[index : index + 1], keys, values, scale))
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
-
-
-def _common_step(firsts: list[int]) -> int | None:
-    """The distance between neighbours if it is the same throughout and not negative."""
-    if len(firsts) == 1:
-        return 0
-    step = firsts[1] - firsts[0]
-    same = all(b - a == step for a, b in pairwise(firsts))
-    return step if same and step >= 0 else None
+    results = []
+    # A row whose pages are scattered is a part by itself, at no slot of its own.
+    firsts = [start if start is not None else -1 - row for row, start in enumerate(starts)]
+    for part in evenly_spaced(firsts, counts):
+        first = starts[part.start]
+        if first is not None and all(starts[row] is not None for row in part):
+            step = firsts[part.start + 1] - firsts[part.start] if len(part) > 1 else 0
+            keys, values = pages.strided(first, step, len(part), counts[part.start])
+            queries = q[part.start : part.stop]
+            results.append(_attend_with_lse(queries, keys, values, scale))
+            continue
+        for row in part:
+            keys, values = pages.gathered(rows[row], first_page)
+            results.append(_attend_with_lse(q[row : row + 1], keys, values, scale))
+    if len(results) == 1:
+        return results[0]
+    return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results])
 
 
 def _attend_with_lse(
