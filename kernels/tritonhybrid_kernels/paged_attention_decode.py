@@ -19,20 +19,13 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma
 from tritonhybrid_kernels.attention_varlen import attention_varlen_ref
-from tritonhybrid_kernels.host_decode import (
-    Pages,
-    attend_in_place,
-    attend_shared,
-    rows_per_copy,
-    shared_groups,
-)
+from tritonhybrid_kernels.host_decode import decode_on_host
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     check_launchable,
@@ -487,100 +480,4 @@ def paged_attention_decode_ref(
             alibi_slopes=alibi_slopes,
             out=out,
         )
-    if q.shape[0] == 0:
-        return torch.empty_like(q) if out is None else out
-    lengths = context_lens.tolist()
-    num_kv_heads = k_cache.shape[2]
-    grouped = q.unflatten(1, (num_kv_heads, q.shape[1] // num_kv_heads))
-    plain = [range(len(lengths))]
-    groups: list[tuple[range, int]] = []
-    pages = None
-    if k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.shape == v_cache.shape:
-        pages = Pages(k_cache, v_cache, block_table.tolist(), lengths)
-        if window is None:
-            groups, plain = shared_groups(pages)
-        if not groups and out is None and all(lengths):
-            whole = attend_in_place(grouped, pages, plain[0], scale, window)
-            if whole is not None:
-                return whole.reshape(q.shape)
-    out = torch.empty_like(q) if out is None else out
-    result = out.view_as(grouped)
-    for rows, shared in groups:
-        assert pages is not None
-        part = slice(rows.start, rows.stop)
-        result[part] = attend_shared(grouped[part], pages, rows, shared, scale)
-    for rows in plain:
-        attended = None
-        if pages is not None and all(lengths[row] for row in rows):
-            queries = grouped[rows.start : rows.stop]
-            attended = attend_in_place(queries, pages, rows, scale, window)
-        if attended is not None:
-            result[rows.start : rows.stop] = attended
-            continue
-        longest = max((lengths[row] for row in rows), default=0)
-        num_rows = rows_per_copy(longest, k_cache[0, 0].nbytes)
-        for start in range(rows.start, rows.stop, num_rows):
-            part = slice(start, min(start + num_rows, rows.stop))
-            result[part] = _attend(
-                grouped[part],
-                k_cache,
-                v_cache,
-                block_table[part],
-                context_lens[part],
-                lengths[part],
-                scale,
-                window,
-            )
-    return out
-
-
-def _attend(
-    grouped: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    lengths: list[int],
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """Attention of queries [B, K, G, E], whose lengths the host knows, by one call of SDPA."""
-    longest, shortest = max(lengths), min(lengths)
-    if longest == 0:
-        return torch.zeros_like(grouped)
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-    num_pages = -(-longest // block_size)
-    pages = block_table[:, :num_pages]
-    shape = (len(lengths), num_pages * block_size, num_kv_heads, head_dim)
-    mask: Tensor | None = None
-    if longest == shortest:
-        start = 0 if window is None else max(0, longest - window)
-        keys = _slots(k_cache, pages, shape)[:, start:longest]
-        values = _slots(v_cache, pages, shape)[:, start:longest]
-    else:
-        ends = context_lens.unsqueeze(1)
-        offsets = torch.arange(shape[1], device=ends.device)
-        mask = used = offsets < ends
-        # What a table holds past a sequence's pages is no page number, and the slots past its
-        # end may hold anything: 0 * NaN is NaN, so they are cleared in the copy.
-        pages = pages.where(used[:, ::block_size], 0)
-        unused = used.logical_not().flatten().nonzero().squeeze(1)
-        keys = _slots(k_cache, pages, shape)
-        values = _slots(v_cache, pages, shape)
-        keys.view(-1, num_kv_heads, head_dim).index_fill_(0, unused, 0)
-        values.view(-1, num_kv_heads, head_dim).index_fill_(0, unused, 0)
-        if window is not None:
-            mask = mask & (offsets >= ends - window)
-        if shortest == 0:
-            # A row without keys sees its cleared slots: its mean of zeros is 0, not NaN.
-            mask = mask | (ends == 0)
-        mask = mask[:, None, None]
-    # The heads of a group are the query rows of their KV head: no repeated keys.
-    return F.scaled_dot_product_attention(
-        grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask, scale=scale
-    )
-
-
-def _slots(cache: Tensor, pages: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Slots [B, num_pages * S, K, E] of the pages [B, num_pages], copied."""
-    return cache.index_select(0, pages.flatten()).view(shape)
+    return decode_on_host(q, k_cache, v_cache, block_table, context_lens, scale, window, out)

@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sized
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -18,10 +17,10 @@ from torch import nn
 from tritonhybrid.config import HybridConfig, resolve
 from tritonhybrid.containers.parts import causal_model, own_generate
 from tritonhybrid.engine_compat import SeedSurface
+from tritonhybrid.engine_state import EngineState
 from tritonhybrid.errors import EngineStateError, explain
 from tritonhybrid.generation import Generation
 from tritonhybrid.hf_generate import serve_generate
-from tritonhybrid.latency import LatencyClock
 from tritonhybrid.requests import Limits, Prompts, build_sequences, completions
 from tritonhybrid.rollout_output import RolloutOutput
 from tritonhybrid.sampling_params import SamplingParams
@@ -42,34 +41,6 @@ _STATE = "_tritonhybrid"
 # Which engine serves a module's generate. Weak and by identity: a deep copy of the
 # module (a reference model) is not registered and keeps HF's own generate.
 _ENGINES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-@dataclass
-class EngineState:
-    """All that a wrapped engine has more than a plain one.
-
-    Args:
-        original_class: The engine's class before.
-        config: Settings.
-        generation: Serves the calls.
-        seeds: The next seed of calls that name none.
-        had_generate: The module's own instance attribute ``generate``, if any.
-    """
-
-    original_class: type
-    config: HybridConfig
-    generation: Generation
-    seeds: int
-    had_generate: Any
-    clock: LatencyClock = field(default_factory=LatencyClock)
-    stats: RolloutStats = field(default_factory=RolloutStats)
-    latency: LatencyReport | None = None
-    is_busy: bool = False
-
-    def next_seed(self) -> int:
-        """Advance the private counter; torch's generators are not touched."""
-        self.seeds += 1
-        return self.seeds
 
 
 class HybridEngine(_Base):

@@ -13,7 +13,7 @@ from tritonhybrid.errors import ConfigError, explain
 from tritonhybrid.weights.hooks import deepspeed_hooks_aside
 
 if TYPE_CHECKING:
-    from tritonhybrid.engine import EngineState
+    from tritonhybrid.engine_state import EngineState
 
 
 class SeedSurface:

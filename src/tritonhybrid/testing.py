@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from tritonhybrid.config import HybridConfig, resolve
 from tritonhybrid.containers.parts import causal_model, find_parts
-from tritonhybrid.engine import EngineState, HybridEngine
+from tritonhybrid.engine import HybridEngine
+from tritonhybrid.engine_state import EngineState
 from tritonhybrid.errors import ConfigError, explain
 from tritonhybrid.generation import Generation
 from tritonhybrid.rollout_output import Completion
