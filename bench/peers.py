@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -102,18 +103,20 @@ def hf_shared_prefix(model: Any, workload: Workload, *, device: str = "cpu") -> 
 
     prompt = _prompt_ids(workload, 0, device)
     ids = prompt.repeat_interleave(workload.n, dim=0)
+    # transformers 5.24 calls past_key_values cache.
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
     @torch.no_grad()
     def run() -> Tokens:
         cache = DynamicCache(config=model.config)
         # generate() computes the last prompt token of every sample, so the cache stops before it.
-        model.base_model(prompt[:, :-1], past_key_values=cache, use_cache=True)
+        model.base_model(prompt[:, :-1], use_cache=True, **{name: cache})
         cache.batch_repeat_interleave(workload.n)
         rows = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
             max_new_tokens=workload.longest,
+            **{name: cache},
             **GREEDY,
         )
         return _real(rows, workload)

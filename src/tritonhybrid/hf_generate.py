@@ -57,10 +57,12 @@ _OWN_DECODING = (
     "tokenizer",
 )
 _PARAMETERS = tuple(signature(GenerationMixin.generate).parameters)[1:]
+# transformers 5.24 calls past_key_values cache.
+_CACHES = ("cache", "past_key_values")
 _MODEL_KWARGS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    *_CACHES,
     "use_cache",
     "logits_to_keep",
     "cache_position",
@@ -156,9 +158,10 @@ def _not_served(
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             return name
-    past = model_kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
-        return "past_key_values with content"
+    for name in _CACHES:
+        cache = model_kwargs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            return f"{name} with content"
     foreign = sorted(
         name
         for name, value in model_kwargs.items()

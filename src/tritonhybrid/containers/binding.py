@@ -12,7 +12,7 @@ from tritonhybrid.batch import Batch
 from tritonhybrid.containers.fused import FusedLayer, RopeTable
 from tritonhybrid.containers.generic import ATTENTION_NAME, BATCH_KWARG, PagedStep
 from tritonhybrid.containers.head import Head
-from tritonhybrid.containers.parts import ModelParts, configs
+from tritonhybrid.containers.parts import ModelParts, cache_name, configs
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan
 from tritonhybrid.containers.projection import is_plain
@@ -53,6 +53,7 @@ class Binding:
         self._cache = cache
         self._max_length = max_length
         self._returns_tuple = returns_tuple
+        self._cache_name = cache_name(parts.backbone)
         self._patches = Patches()
 
     @property
@@ -95,8 +96,8 @@ class Binding:
         out = self.parts.backbone(
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.positions.unsqueeze(0),
-            past_key_values=self.step,
             use_cache=True,
+            **{self._cache_name: self.step},
         )
         hidden: torch.Tensor = out[0]
         return hidden.squeeze(0)

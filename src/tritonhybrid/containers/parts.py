@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -101,6 +102,15 @@ def find_parts(module: nn.Module) -> ModelParts | None:
         head=head,
         config=config,
     )
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a module's forward and its output call the key-value cache.
+
+    transformers 5.24 renamed ``past_key_values`` to ``cache`` in its own models; a model's
+    remote code may lag behind.
+    """
+    return "cache" if "cache" in signature(module.forward).parameters else "past_key_values"
 
 
 def configs(model: nn.Module) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from tritonhybrid.batch import DecodeBuffers, prefill_batch
 from tritonhybrid.containers.binding import Binding
-from tritonhybrid.containers.parts import ModelParts, configs
+from tritonhybrid.containers.parts import ModelParts, cache_name, configs
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan, plan_layers
 from tritonhybrid.kv_cache import LayerGeometry, PagedKVCache
@@ -282,7 +282,7 @@ def _run_reference(parts: ModelParts) -> _Reference:
             ids = torch.tensor([prompt], device=device)
             out = parts.backbone(input_ids=ids, use_cache=True)
             hidden.append(out[0][0])
-            reference.geometry = _geometry(out.past_key_values)
+            reference.geometry = _geometry(out[cache_name(parts.backbone)])
             logits.append(_full_logits(parts, ids)[:, -1])
     finally:
         for handle in handles:
