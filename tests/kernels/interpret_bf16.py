@@ -111,9 +111,12 @@ def _wrap_dot() -> None:
     original = Builder.create_dot
 
     def dot(self: Any, a: Any, b: Any, accumulator: Any, *rest: Any) -> Any:
-        if not (_is_bits(a) or _is_bits(b)):
+        a_values, b_values = _widen(a).data, _widen(b).data
+        if not np.issubdtype(a_values.dtype, np.floating):
             return original(self, a, b, accumulator, *rest)
-        product = np.matmul(_widen(a).data.astype(np.float32), _widen(b).data.astype(np.float32))
+        # In fp64, rounded once: a matrix unit sums each element in one order, numpy's BLAS in an
+        # order that differs between the rows of a tile.
+        product = np.matmul(a_values.astype(np.float64), b_values.astype(np.float64))
         total = product.astype(accumulator.data.dtype) + accumulator.data
         return Handle(total, accumulator.dtype.scalar)
 
