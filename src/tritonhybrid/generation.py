@@ -22,7 +22,7 @@ from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import count_paths, fingerprint, plan_layers, unsuited
 from tritonhybrid.containers.probe import Verdict, probe
 from tritonhybrid.errors import CacheExhaustedError, ConfigError, KernelArgumentError, explain
-from tritonhybrid.hf_loop import run_hf_loop
+from tritonhybrid.hf_loop import refusing_lost_prefix, run_hf_loop
 from tritonhybrid.kv_cache import LayerGeometry, PagedKVCache, bytes_per_block
 from tritonhybrid.runner import Runner
 from tritonhybrid.scheduler import Scheduler
@@ -177,7 +177,8 @@ class Generation:
         patches = Patches()
         try:
             patches.set(self.module, "generate", own_generate(self.module))
-            return decode()
+            with refusing_lost_prefix():
+                return decode()
         finally:
             patches.undo()
 

@@ -159,8 +159,7 @@ def _not_served(
         if getattr(config, name, None):
             return name
     for name in _CACHES:
-        cache = model_kwargs.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
+        if _has_content(model_kwargs.get(name)):
             return f"{name} with content"
     foreign = sorted(
         name
@@ -180,6 +179,14 @@ def _not_served(
     if input_ids.shape[1] == 0:
         return "an empty prompt"
     return None
+
+
+def _has_content(cache: Any) -> bool:
+    try:
+        return cache is not None and cache.get_seq_length() > 0
+    except ValueError:
+        # A cache of recurrent states alone has no length; HF's loop serves its model anyway.
+        return False
 
 
 def _are_default(positions: torch.Tensor, mask: torch.Tensor | None, length: int) -> bool:

@@ -6,8 +6,10 @@ It serves the models our loop can't; slower, never wrong.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sized
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from tritonhybrid.containers.parts import own_generate
+from tritonhybrid.errors import UnsupportedModelError, explain
 from tritonhybrid.sampler import HeadCalls, Sampler
 from tritonhybrid.sequence import Sequence
 from tritonhybrid.stats import RolloutStats
@@ -85,7 +88,7 @@ def _run_batch(
             **model_kwargs,
         )
 
-    with torch.no_grad():
+    with torch.no_grad(), refusing_lost_prefix():
         own_generate(module)(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -103,6 +106,33 @@ def _run_batch(
     stats.prefill_tokens += sum(len(s.prompt) for s in sequences)
     stats.num_prefill_steps += 1
     stats.num_decode_steps += max(len(s.output) for s in sequences) - 1
+
+
+@contextmanager
+def refusing_lost_prefix() -> Iterator[None]:
+    """Raise where transformers would ignore the prefix that PEFT's prefix tuning has learnt.
+
+    transformers 5.24 renamed the cache; PEFT up to 0.21.2 passes the prefix by the old name,
+    which HF's generate then drops with a warning: the base model's tokens would come out.
+
+    Raises:
+        UnsupportedModelError: It happened.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Both `past_key_values` and `cache` are set")
+        try:
+            yield
+        except FutureWarning as lost:
+            if "Both `past_key_values` and `cache`" not in str(lost):
+                raise
+            raise UnsupportedModelError(
+                explain(
+                    "PEFT must hand its prefix to transformers by a name that it reads",
+                    expected="a release of PEFT that knows `cache`, or transformers < 5.24",
+                    got="a prefix that HF's generate ignores",
+                    hint="Pin transformers below 5.24, or upgrade PEFT.",
+                )
+            ) from lost
 
 
 class _OurSampling(LogitsProcessor):

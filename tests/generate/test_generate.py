@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from tritonhybrid import ConfigError
+from tritonhybrid.containers.parts import cache_name
 
 PROMPTS = [[5, 6, 7, 8, 9], [10] * 20, [11, 12], [13] * 17, [14]]
 
@@ -335,18 +336,22 @@ def test_embeddings_as_input_are_served_by_hugging_face(engine: Any):
 
 def test_a_cache_with_content_is_served_by_hugging_face(engine: Any):
     ids = torch.tensor([PROMPTS[1]])
+    name = cache_name(engine.module)
 
-    def filled() -> DynamicCache:
-        cache = DynamicCache(config=engine.module.config)
+    def empty() -> dict[str, DynamicCache]:
+        return {name: DynamicCache(config=engine.module.config)}
+
+    def filled() -> dict[str, DynamicCache]:
+        cache = empty()
         with torch.no_grad():
-            engine.module(input_ids=ids[:, :-3], past_key_values=cache, use_cache=True)
+            engine.module(input_ids=ids[:, :-3], use_cache=True, **cache)
         return cache
 
     kwargs = {"max_new_tokens": 6, "do_sample": False}
-    ours = engine.generate(ids, past_key_values=filled(), **kwargs)
-    assert "past_key_values with content" in engine.stats.notes[0]
-    assert torch.equal(ours, hf(engine, ids, past_key_values=filled(), **kwargs))
-    engine.generate(ids, past_key_values=DynamicCache(config=engine.module.config), **kwargs)
+    ours = engine.generate(ids, **filled(), **kwargs)
+    assert f"{name} with content" in engine.stats.notes[0]
+    assert torch.equal(ours, hf(engine, ids, **filled(), **kwargs))
+    engine.generate(ids, **empty(), **kwargs)
     assert engine.stats.path == "fused"
 
 

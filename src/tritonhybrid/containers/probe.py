@@ -282,7 +282,7 @@ def _run_reference(parts: ModelParts) -> _Reference:
             ids = torch.tensor([prompt], device=device)
             out = parts.backbone(input_ids=ids, use_cache=True)
             hidden.append(out[0][0])
-            reference.geometry = _geometry(out[cache_name(parts.backbone)])
+            reference.geometry = _geometry(getattr(out, cache_name(parts.backbone)))
             logits.append(_full_logits(parts, ids)[:, -1])
     finally:
         for handle in handles:
