@@ -202,5 +202,5 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
             },
             options={"num_warps": _num_warps(block_d)},
             mma="none",
-            streams=True,
+            streams=("x_ptr", "weight_ptr", *(("residual_ptr",) if has_residual else ())),
         )

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonhybrid_kernels.launch import Mma
+from tritonhybrid_kernels.launch import Mma, NarrowRead
 from tritonhybrid_kernels.softcap import softcap_fp32
 
 
@@ -88,3 +88,10 @@ def expected_mma(dtype: torch.dtype, block_m: int, arch: int) -> Mma:
     if dtype == torch.float32:
         return "none"
     return "HGMMA" if arch >= 90 and block_m >= 64 else "HMMA"
+
+
+def table_reads(block_size: int, tile: int) -> dict[str, NarrowRead]:
+    """Return how the audit finds the block table read: by key where a tile spans blocks."""
+    if block_size % tile == 0:
+        return {}
+    return {"block_table_ptr": NarrowRead(32, "one entry a key, beside its K * E numbers")}

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma
+from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma, table_reads
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     check_launchable,
@@ -383,7 +383,8 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
             constants=_constants(config, group, 8, head_dim, block_size, softcap, window),
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             mma=expected_mma(dtype, config.block_m, arch),
-            streams=True,
+            streams=("q_ptr", "k_cache_ptr", "v_cache_ptr"),
+            narrow=table_reads(block_size, config.tile),
         )
 
 

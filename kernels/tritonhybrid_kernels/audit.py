@@ -2,7 +2,8 @@
 
 A fake active driver lets ``kernel.warmup`` take the route of a real launch: Triton itself derives
 the signature and the divisibility of pointers and sizes. cuobjdump from Triton's wheel then gives
-registers, spills, matrix instructions and load widths. Needs a process without TRITON_INTERPRET.
+registers, spills, matrix instructions and load widths, and the PTX which operand a load belongs
+to. Needs a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,12 +25,19 @@ from triton.runtime import driver
 
 from tritonhybrid_kernels.errors import KernelArgumentError
 from tritonhybrid_kernels.launch import COMPILED_OPTIONS, LaunchCase, is_interpreted
+from tritonhybrid_kernels.operand_reads import global_reads
 
 MAX_SPILLS: Final = 8
+
+# The widest read a thread can make.
+STREAM_BITS: Final = 128
 
 # Shared memory one block may use, in bytes (CUDA C++ Programming Guide, compute capabilities,
 # less the 1 KiB the system keeps).
 SHARED_LIMIT_BYTES: Final = {80: 166912, 90: 232448}
+
+# In a report, the operand of a read whose address the analysis lost: the audit refuses it.
+UNKNOWN_OPERAND: Final = "an unknown operand"
 
 MmaKind = Literal["HGMMA", "HMMA", "none"]
 
@@ -50,6 +58,9 @@ class KernelReport:
         num_mma: how many of them.
         load_widths: loads from global memory to registers, by width in bits.
         async_widths: copies from global to shared memory (pipelined tiles), by width in bits.
+        operand_widths: both, by the pointer argument they read and by width in bits, as the PTX
+            has them; reads of one number by all threads of a block are left out. A read that
+            selects between operands counts for each of them.
         num_warps: a block.
     """
 
@@ -60,6 +71,7 @@ class KernelReport:
     num_mma: int
     load_widths: Counter[int]
     async_widths: Counter[int]
+    operand_widths: Mapping[str, Counter[int]]
     num_warps: int
 
 
@@ -143,6 +155,17 @@ def _load_width(instruction: str) -> int:
     return 8 if "U8" in suffixes or "S8" in suffixes else 32
 
 
+def _operand_widths(compiled: Any) -> dict[str, Counter[int]]:
+    """Count the reads by operand and by width in bits, without numbers that all threads share."""
+    widths: dict[str, Counter[int]] = {}
+    for read in global_reads(compiled.asm["ptx"], compiled.src.signature):
+        if read.is_uniform and read.operands and read.bits < STREAM_BITS:
+            continue
+        for name in read.operands or (UNKNOWN_OPERAND,):
+            widths.setdefault(name, Counter())[read.bits] += 1
+    return widths
+
+
 def inspect_kernel(compiled: Any) -> KernelReport:
     """Read registers, spills, shared memory, matrix instructions and load widths of a kernel."""
     registers, instructions = _disassemble(compiled.asm["cubin"])
@@ -162,21 +185,35 @@ def inspect_kernel(compiled: Any) -> KernelReport:
         num_mma=opcodes[mma],
         load_widths=widths["LDG"],
         async_widths=widths["LDGSTS"],
+        operand_widths=_operand_widths(compiled),
         num_warps=compiled.metadata.num_warps,
     )
 
 
-def _streams_wide(report: KernelReport) -> bool:
-    """Tell whether the loads that move bulk data are 128 bits wide."""
-    direct, pipelined = report.load_widths, report.async_widths
-    if not pipelined:
-        return direct[128] * 2 > direct.total()
-    # Beside its tiles a pipelined kernel copies a few block table entries of 32 bits; an operand
-    # copied 32 bits at a time takes four copies for each wide one. 16-bit elements can't be
-    # copied asynchronously: a tile read element by element shows among the direct loads.
-    entries = pipelined.total() - pipelined[128]
-    elements = sum(count for width, count in direct.items() if width <= 16)
-    return pipelined[128] >= 2 * entries and pipelined[128] > elements
+def _broken_reads(case: LaunchCase, report: KernelReport) -> list[str]:
+    """Name the operands that are read in another way than the case says."""
+    broken = []
+    widths = report.operand_widths
+    for name in case.streams:
+        if name not in widths:
+            broken.append(f"{name} is named as a stream, but not read")
+        elif min(widths[name]) < STREAM_BITS:
+            broken.append(
+                f"{name} is not read {STREAM_BITS} bits at a time: reads by width "
+                f"{dict(widths[name])}"
+            )
+    for name, (bits, reason) in case.narrow.items():
+        if name not in widths:
+            broken.append(f"{name} is named as a narrow read ({reason}), but not read")
+        elif min(widths[name]) < bits:
+            broken.append(
+                f"{name} is not read {bits} bits at a time: reads by width {dict(widths[name])}"
+            )
+        elif min(widths[name]) >= STREAM_BITS:
+            broken.append(f"{name} is named as a narrow read ({reason}), but is a stream")
+    for name in sorted(widths.keys() - {*case.streams, *case.narrow}):
+        broken.append(f"{name} is read, but named neither as a stream nor as a narrow read")
+    return broken
 
 
 def audit_case(case: LaunchCase, arch: int) -> tuple[KernelReport, list[str]]:
@@ -195,7 +232,4 @@ def audit_case(case: LaunchCase, arch: int) -> tuple[KernelReport, list[str]]:
     allowed = ("HGMMA", "HMMA") if case.mma == "tensor_core" else (case.mma,)
     if report.mma not in allowed:
         broken.append(f"matrix instruction {report.mma}, expected {' or '.join(allowed)}")
-    if case.streams and not _streams_wide(report):
-        widths = f"{dict(report.load_widths)}, asynchronous {dict(report.async_widths)}"
-        broken.append(f"bulk data is not read 128 bits at a time: loads by width {widths}")
-    return report, broken
+    return report, broken + _broken_reads(case, report)

@@ -32,6 +32,7 @@ from tritonhybrid_kernels.matmul_tile import (
     AUDIT_ROWS,
     AUDIT_ROWS_SMALL,
     AUDIT_ROWS_VARIANT,
+    BIAS_READ,
     MatmulConfig,
     matmul_config,
     tile_coordinates,
@@ -240,10 +241,11 @@ def _check(
 
 
 def audit_cases(arch: int) -> Iterator[LaunchCase]:
-    """Yield the launches of Llama-3.1-8B and Qwen3-0.6B, and of a biased tanh-gelu model."""
+    """Yield the launches of Llama-3.1-8B, Qwen3-0.6B and SmolLM2-135M, and of biased models."""
     for label, depth, num_columns, has_bias, activation, rows in (
         ("llama-3.1-8b", 4096, 14336, False, "silu", AUDIT_ROWS),
         ("qwen3-0.6b", 1024, 3072, False, "silu", AUDIT_ROWS_SMALL),
+        ("smollm2-135m", 576, 1536, False, "silu", AUDIT_ROWS_SMALL),
         ("biased gelu", 2048, 8192, True, "gelu", AUDIT_ROWS_VARIANT),
         ("biased gelu_tanh", 2048, 8192, True, "gelu_tanh", AUDIT_ROWS_VARIANT),
     ):
@@ -265,5 +267,6 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                 },
                 options=config.options,
                 mma=config.expected_mma(dtype, arch),
-                streams=True,
+                streams=("x_ptr", "gate_weight_ptr", "up_weight_ptr"),
+                narrow={"gate_bias_ptr": BIAS_READ, "up_bias_ptr": BIAS_READ} if has_bias else {},
             )

@@ -7,9 +7,9 @@ under its interpreter, and Triton itself fixes that when a kernel is decorated.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import triton
@@ -34,6 +34,13 @@ _INTERPRETED_OPTIONS: Final[Mapping[str, Any]] = {}
 _INTERPRETED_ARCH: Final = 90
 
 
+class NarrowRead(NamedTuple):
+    """How wide the reads of an operand at least are that can't be 128 bits a thread, and why."""
+
+    bits: int
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class LaunchCase:
     """One launch as the offline audit compiles it: the kernel, its arguments and what must hold.
@@ -52,8 +59,9 @@ class LaunchCase:
         options: num_warps, num_stages and other compile options of this launch.
         mma: the matrix instruction that must be found; "tensor_core" is either of "HGMMA" and
             "HMMA"; "none" means there must be none (fp32, norms, samplers).
-        streams: True where the kernel reads bulk data: its pipelined copies, or without any most
-            of its loads, must be 128 bits wide.
+        streams: names of the pointer arguments whose every read must move 128 bits a thread.
+        narrow: the other pointer arguments that are read, by name. The audit refuses an operand
+            that is in neither; a number that all threads of a block read needs no name.
     """
 
     op: str
@@ -63,7 +71,8 @@ class LaunchCase:
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
     mma: Mma
-    streams: bool
+    streams: tuple[str, ...]
+    narrow: Mapping[str, NarrowRead] = field(default_factory=dict)
 
 
 def is_interpreted() -> bool:

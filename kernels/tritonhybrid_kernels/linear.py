@@ -17,6 +17,7 @@ import triton.language as tl
 from tritonhybrid_kernels.host_linear import host_linear
 from tritonhybrid_kernels.launch import (
     LaunchCase,
+    NarrowRead,
     check_launchable,
     check_operands,
     check_rank,
@@ -27,6 +28,8 @@ from tritonhybrid_kernels.launch import (
 from tritonhybrid_kernels.matmul_tile import (
     AUDIT_ROWS,
     AUDIT_ROWS_SMALL,
+    AUDIT_ROWS_VARIANT,
+    BIAS_READ,
     MatmulConfig,
     matmul_config,
     matmul_tile,
@@ -189,28 +192,37 @@ def _check(
 
 
 def audit_cases(arch: int) -> Iterator[LaunchCase]:
-    """Yield the launches of the o and down projections of Llama-3.1-8B and Qwen3-0.6B."""
-    for label, num_columns, depth, rows in (
-        ("llama-3.1-8b o_proj", 4096, 4096, AUDIT_ROWS),
-        ("llama-3.1-8b down_proj", 4096, 14336, AUDIT_ROWS),
-        ("qwen3-0.6b down_proj", 1024, 3072, AUDIT_ROWS_SMALL),
+    """Yield the o and down projections of Llama-3.1-8B, Qwen3-0.6B, SmolLM2-135M and Phi-2."""
+    for label, num_columns, depth, has_bias, rows in (
+        ("llama-3.1-8b o_proj", 4096, 4096, False, AUDIT_ROWS),
+        ("llama-3.1-8b down_proj", 4096, 14336, False, AUDIT_ROWS),
+        ("qwen3-0.6b down_proj", 1024, 3072, False, AUDIT_ROWS_SMALL),
+        ("smollm2-135m o_proj", 576, 576, False, AUDIT_ROWS_SMALL),
+        ("phi-2 down_proj", 2560, 10240, True, AUDIT_ROWS_VARIANT),
     ):
         for num_rows, dtype in rows:
             config = matmul_config(num_rows, num_columns, depth, dtype, arch)
+            narrow = {"bias_ptr": BIAS_READ} if has_bias else {}
+            elements = config.block_m * config.block_n // (32 * config.num_warps)
+            has_wide_residual = elements * dtype.itemsize >= 16
+            if not has_wide_residual:
+                reason = f"{elements} numbers of a tile a thread, beside {depth} times as many of w"
+                narrow["residual_ptr"] = NarrowRead(8 * elements * dtype.itemsize, reason)
             yield LaunchCase(
                 op="linear",
                 label=f"{label} T={num_rows} {dtype}",
                 kernel=_linear_kernel,
                 args=(
-                    *(dtype, dtype, None, dtype, dtype),
+                    *(dtype, dtype, dtype if has_bias else None, dtype, dtype),
                     *(num_rows, num_columns, depth, depth, depth, num_columns, num_columns),
                 ),
                 constants={
                     **config.constants(depth, num_rows),
-                    "HAS_BIAS": False,
+                    "HAS_BIAS": has_bias,
                     "HAS_RESIDUAL": True,
                 },
                 options=config.options,
                 mma=config.expected_mma(dtype, arch),
-                streams=True,
+                streams=("x_ptr", "w_ptr", *(("residual_ptr",) if has_wide_residual else ())),
+                narrow=narrow,
             )

@@ -26,6 +26,7 @@ from torch import Tensor
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     Mma,
+    NarrowRead,
     check_launchable,
     check_operands,
     check_rank,
@@ -58,14 +59,14 @@ def _tile_kernel(
     keys_ptr,  # [B] int64
     uids_ptr,  # [B] int64
     positions_ptr,  # [B] int64
-    stats_ptr,  # [5, B, num_tiles] fp32: best score, its logit, maximum, scaled mass, raw mass
-    best_ptr,  # [B, num_tiles] int32
+    stats_ptr,  # [5, B, tiles] fp32: best score, its logit, maximum, scaled mass, raw mass
+    best_ptr,  # [B, tiles] int32
     batch,
     vocab_size,
     depth,
     stride_hb,
     stride_wv,
-    num_tiles,
+    stride_sb,
     logit_scale,
     softcap,
     HAS_BIAS: tl.constexpr,
@@ -123,8 +124,8 @@ def _tile_kernel(
     is_best = tl.arange(0, BLOCK_V)[:, None] == best[None, :]
     logit = tl.sum(tl.where(is_best, logits, 0.0), axis=0)
 
-    out = offs_b.to(tl.int64) * num_tiles + tile
-    plane = batch.to(tl.int64) * num_tiles
+    out = offs_b.to(tl.int64) * stride_sb + tile
+    plane = batch.to(tl.int64) * stride_sb
     tl.store(stats_ptr + out, score, mask=mask_b)
     tl.store(stats_ptr + plane + out, logit, mask=mask_b)
     tl.store(stats_ptr + 2 * plane + out, maximum, mask=mask_b)
@@ -135,33 +136,40 @@ def _tile_kernel(
 
 @triton.jit(do_not_specialize=["batch"])
 def _reduce_tiles_kernel(
-    stats_ptr,  # [5, B, num_tiles] fp32
-    best_ptr,  # [B, num_tiles] int32
+    stats_ptr,  # [5, B, tiles] fp32
+    best_ptr,  # [B, tiles] int32
     temperature_ptr,  # [B] fp32
     tokens_ptr,  # [B] int64
     logprobs_ptr,  # [B] fp32
     raw_logprobs_ptr,  # [B] fp32
     batch,
     num_tiles,
+    stride_sb,
     BLOCK_T: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    plane = batch.to(tl.int64) * num_tiles
+    plane = batch.to(tl.int64) * stride_sb
     offs = tl.arange(0, BLOCK_T)
-    mask = offs < num_tiles
-    tiles = row * num_tiles + offs
-    scores = tl.load(stats_ptr + tiles, mask=mask, other=float("-inf"))
-    maxima = tl.load(stats_ptr + 2 * plane + tiles, mask=mask, other=float("-inf"))
-    masses = tl.load(stats_ptr + 3 * plane + tiles, mask=mask, other=0.0)
-    raw_masses = tl.load(stats_ptr + 4 * plane + tiles, mask=mask, other=0.0)
+    # The rows are padded to whole reads; what the padding holds is not looked at.
+    mask = offs < stride_sb
+    is_tile = offs < num_tiles
+    tiles = row * stride_sb + offs
+    scores = tl.where(is_tile, tl.load(stats_ptr + tiles, mask=mask), float("-inf"))
+    logits = tl.load(stats_ptr + plane + tiles, mask=mask)
+    maxima = tl.where(is_tile, tl.load(stats_ptr + 2 * plane + tiles, mask=mask), float("-inf"))
+    masses = tl.where(is_tile, tl.load(stats_ptr + 3 * plane + tiles, mask=mask), 0.0)
+    best = tl.load(best_ptr + tiles, mask=mask)
+    raw_masses = tl.where(is_tile, tl.load(stats_ptr + 4 * plane + tiles, mask=mask), 0.0)
     _, tile = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    logit = tl.load(stats_ptr + plane + row * num_tiles + tile)
+    # Rows at hand are waited for once; a number at the best tile would be waited for after them.
+    logit = tl.sum(tl.where(offs == tile, logits, 0.0), axis=0)
     temperature = tl.load(temperature_ptr + row)
     divisor = tl.where(temperature > 0, temperature, 1.0)
     maximum = tl.max(maxima, axis=0)
     raw_total = tl.sum(raw_masses * tl.exp(maxima - maximum), axis=0)
     total = tl.sum(masses * tl.exp(maxima / divisor - maximum / divisor), axis=0)
-    tl.store(tokens_ptr + row, tl.load(best_ptr + row * num_tiles + tile).to(tl.int64))
+    token = tl.sum(tl.where(offs == tile, best, 0), axis=0)
+    tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(raw_logprobs_ptr + row, logit - maximum - tl.log(raw_total))
     tl.store(logprobs_ptr + row, logit / divisor - maximum / divisor - tl.log(total))
 
@@ -250,8 +258,9 @@ def lm_head_sample(
     check_launchable(op, device)
     config = head_config(batch, hidden.dtype)
     num_tiles = triton.cdiv(vocab_size, config.block_v)
-    stats = torch.empty((_NUM_STATS, batch, num_tiles), dtype=torch.float32, device=device)
-    best = torch.empty((batch, num_tiles), dtype=torch.int32, device=device)
+    stride_sb = _stats_stride(num_tiles)
+    stats = torch.empty((_NUM_STATS, batch, stride_sb), dtype=torch.float32, device=device)
+    best = torch.empty((batch, stride_sb), dtype=torch.int32, device=device)
     _tile_kernel[(num_tiles, triton.cdiv(batch, config.block_b))](
         hidden,
         weight,
@@ -267,7 +276,7 @@ def lm_head_sample(
         depth,
         hidden.stride(0),
         weight.stride(0),
-        num_tiles,
+        stride_sb,
         logit_scale,
         softcap or 0.0,
         **_constants(config, depth, bias is not None, softcap is not None),
@@ -284,11 +293,17 @@ def lm_head_sample(
         raw_logprobs,
         batch,
         num_tiles,
+        stride_sb,
         BLOCK_T=triton.next_power_of_2(num_tiles),
         num_warps=4,
         **launch_options(device),
     )
     return tokens, logprobs, raw_logprobs
+
+
+def _stats_stride(num_tiles: int) -> int:
+    """Return the numbers from one row of tiles to the next: a multiple that Triton knows of."""
+    return -(-num_tiles // 16) * 16
 
 
 def _constants(
@@ -312,6 +327,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
         ("llama-3.1-8b", bf16, 32, 128256, 4096, None),
         ("llama-3.1-8b", bf16, 128, 128256, 4096, None),
         ("qwen3-0.6b", bf16, 16, 151936, 1024, None),
+        ("smollm2-135m", bf16, 16, 49152, 576, None),
         ("gemma-2-9b", bf16, 16, 256000, 3584, 30.0),
         ("llama-3.2-1b fp32", fp32, 1, 128256, 2048, None),
         ("llama-3.2-1b fp32", fp32, 64, 128256, 2048, None),
@@ -319,29 +335,40 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
         config = head_config(batch, dtype)
         num_tiles = triton.cdiv(vocab_size, config.block_v)
         mma: Mma = "none" if dtype == fp32 else "HGMMA" if arch >= 90 else "HMMA"
+        per_row = "one number a row of a batch, beside V * D of the weight"
         yield LaunchCase(
             op="lm_head_sample",
             label=f"{label} B={batch}",
             kernel=_tile_kernel,
             args=(
                 *(dtype, dtype, None, fp32, int64, int64, int64, fp32, torch.int32),
-                *(batch, vocab_size, depth, depth, depth, num_tiles, 1.0, softcap or 0.0),
+                *(batch, vocab_size, depth, depth, depth, _stats_stride(num_tiles)),
+                *(1.0, softcap or 0.0),
             ),
             constants=_constants(config, depth, False, softcap is not None),
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             mma=mma,
-            streams=True,
+            streams=("hidden_ptr", "weight_ptr"),
+            narrow={
+                "temperature_ptr": NarrowRead(32, per_row),
+                "keys_ptr": NarrowRead(64, per_row),
+                "uids_ptr": NarrowRead(64, per_row),
+                "positions_ptr": NarrowRead(64, per_row),
+            },
         )
-    for num_tiles in (1002, 2000):
+    for num_tiles in (384, 1002, 2000):
         yield LaunchCase(
             op="lm_head_sample",
             label=f"reduce {num_tiles} tiles",
             kernel=_reduce_tiles_kernel,
-            args=(fp32, torch.int32, fp32, int64, fp32, fp32, 16, num_tiles),
+            args=(
+                *(fp32, torch.int32, fp32, int64, fp32, fp32),
+                *(16, num_tiles, _stats_stride(num_tiles)),
+            ),
             constants={"BLOCK_T": triton.next_power_of_2(num_tiles)},
             options={"num_warps": 4},
             mma="none",
-            streams=False,
+            streams=("stats_ptr", "best_ptr"),
         )
 
 

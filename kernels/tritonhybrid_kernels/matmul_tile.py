@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonhybrid_kernels.launch import Mma
+from tritonhybrid_kernels.launch import Mma, NarrowRead
 
 
 @triton.jit
@@ -213,3 +213,6 @@ AUDIT_ROWS: Final = (
 )
 AUDIT_ROWS_SMALL: Final = tuple((num_rows, torch.bfloat16) for num_rows in (1, 64, 128, 512))
 AUDIT_ROWS_VARIANT: Final = tuple((num_rows, torch.bfloat16) for num_rows in (1, 4096))
+
+# The bias of a projection, in the order of its accumulator's columns.
+BIAS_READ: Final = NarrowRead(16, "one number a column, beside a whole row of the weight")

@@ -23,11 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma
+from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma, table_reads
 from tritonhybrid_kernels.attention_varlen import attention_varlen_ref
 from tritonhybrid_kernels.host_decode import decode_on_host
 from tritonhybrid_kernels.launch import (
     LaunchCase,
+    NarrowRead,
     check_launchable,
     check_operands,
     check_shape,
@@ -422,7 +423,8 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
             },
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             mma=expected_mma(dtype, config.block_m, arch),
-            streams=True,
+            streams=("q_ptr", "k_cache_ptr", "v_cache_ptr"),
+            narrow=table_reads(block_size, config.tile),
         )
     for head_dim in (64, 128):
         yield LaunchCase(
@@ -439,7 +441,8 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
             },
             options={"num_warps": 4},
             mma="none",
-            streams=False,
+            streams=("values_ptr",),
+            narrow={"stats_ptr": NarrowRead(32, "two numbers a split, beside its row of values")},
         )
 
 

@@ -29,6 +29,7 @@ from tritonhybrid_kernels.matmul_tile import (
     AUDIT_ROWS,
     AUDIT_ROWS_SMALL,
     AUDIT_ROWS_VARIANT,
+    BIAS_READ,
     MatmulConfig,
     matmul_config,
     matmul_tile,
@@ -249,11 +250,13 @@ def _check(
 
 
 def audit_cases(arch: int) -> Iterator[LaunchCase]:
-    """Yield the launches of Llama-3.1-8B, Qwen2.5-7B (bias) and Qwen3-0.6B."""
+    """Yield the launches of Llama-3.1-8B, Qwen2.5-7B (bias), Qwen3-0.6B and SmolLM2-135M."""
+    biases = ("q_bias_ptr", "k_bias_ptr", "v_bias_ptr")
     for label, depth, q_columns, kv_columns, has_bias, rows in (
         ("llama-3.1-8b", 4096, 4096, 1024, False, AUDIT_ROWS),
         ("qwen2.5-7b", 3584, 3584, 512, True, AUDIT_ROWS_VARIANT),
         ("qwen3-0.6b", 1024, 2048, 1024, False, AUDIT_ROWS_SMALL),
+        ("smollm2-135m", 576, 576, 192, False, AUDIT_ROWS_SMALL),
     ):
         for num_rows, dtype in rows:
             config = matmul_config(num_rows, q_columns + 2 * kv_columns, depth, dtype, arch)
@@ -269,5 +272,6 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                 constants={**config.constants(depth, num_rows), "HAS_BIAS": has_bias},
                 options=config.options,
                 mma=config.expected_mma(dtype, arch),
-                streams=True,
+                streams=("x_ptr", "q_weight_ptr", "k_weight_ptr", "v_weight_ptr"),
+                narrow=dict.fromkeys(biases, BIAS_READ) if has_bias else {},
             )

@@ -3,8 +3,9 @@
     q = rotate(norm(q)); k_cache[slot] = rotate(norm(k)); v_cache[slot] = v
 
 One launch does what takes a norm, a rotation and a cache write each for q, k and v elsewhere:
-every element is read and written once. A program takes one token and a few heads, so that a
-decode step of one token still fills some multiprocessors.
+every element is read and written once. A program takes one token and just so many heads that each
+thread has 16 bytes of a rotary half, so that a decode step of one token still fills some
+multiprocessors.
 
 Layout: heads [T, heads, E] with any row stride; caches [N, S, K, E] with any block stride;
 ``slot = block * S + offset``, -1 for a token that is not kept.
@@ -15,6 +16,7 @@ Source: Su et al., "RoFormer" (arXiv:2104.09864), in the half-split layout of HF
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import gcd
 from typing import Any, Final
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from tritonhybrid_kernels.launch import (
     LaunchCase,
+    NarrowRead,
     check_last_stride,
     check_launchable,
     check_operands,
@@ -36,6 +39,13 @@ from tritonhybrid_kernels.paged_cache import check_heads, check_index, check_pag
 
 # Decode steps of up to so many rows are bound by calls, not by copies.
 _FEW_TOKENS: Final = 32
+
+
+@triton.jit
+def _load_row(row_ptr, offs, mask):
+    """Load a row for every head of a program, in the heads' layout: no thread needs another's."""
+    row_ptrs = tl.broadcast_to(row_ptr + offs[None, :], mask.shape)
+    return tl.load(row_ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -71,20 +81,17 @@ def _load_heads(
         squares += tl.sum(second.to(tl.float32) * second.to(tl.float32), axis=1)
         squares += tl.sum(rest.to(tl.float32) * rest.to(tl.float32), axis=1)
         scale = tl.rsqrt(squares / HEAD_DIM + norm_eps)[:, None]
-        in_half = offs_half < half
-        in_rest = offs_rest < HEAD_DIM - ROTARY_DIM
-        w_first = tl.load(norm_ptr + offs_half, mask=in_half, other=0.0)[None, :]
-        w_second = tl.load(norm_ptr + half + offs_half, mask=in_half, other=0.0)[None, :]
-        w_rest = tl.load(norm_ptr + ROTARY_DIM + offs_rest, mask=in_rest, other=0.0)[None, :]
+        w_first = _load_row(norm_ptr, offs_half, mask_half)
+        w_second = _load_row(norm_ptr + half, offs_half, mask_half)
+        w_rest = _load_row(norm_ptr + ROTARY_DIM, offs_rest, mask_rest)
         first = _weigh((first.to(tl.float32) * scale).to(dtype), w_first)
         second = _weigh((second.to(tl.float32) * scale).to(dtype), w_second)
         rest = _weigh((rest.to(tl.float32) * scale).to(dtype), w_rest)
     if HAS_ROPE:
-        in_half = offs_half < half
-        cos_first = tl.load(cos_ptr + offs_half, mask=in_half, other=0.0)[None, :]
-        cos_second = tl.load(cos_ptr + half + offs_half, mask=in_half, other=0.0)[None, :]
-        sin_first = tl.load(sin_ptr + offs_half, mask=in_half, other=0.0)[None, :]
-        sin_second = tl.load(sin_ptr + half + offs_half, mask=in_half, other=0.0)[None, :]
+        cos_first = _load_row(cos_ptr, offs_half, mask_half)
+        cos_second = _load_row(cos_ptr + half, offs_half, mask_half)
+        sin_first = _load_row(sin_ptr, offs_half, mask_half)
+        sin_second = _load_row(sin_ptr + half, offs_half, mask_half)
         rotated_first = _weigh(first, cos_first).to(tl.float32) - _weigh(second, sin_first).to(
             tl.float32
         )
@@ -130,6 +137,7 @@ def _rope_kv_write_kernel(
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     HAS_ROPE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
@@ -142,9 +150,9 @@ def _rope_kv_write_kernel(
     offs_half = tl.arange(0, BLOCK_HALF)
     offs_rest = tl.arange(0, BLOCK_REST)
     if HAS_ROPE:
-        position = tl.load(positions_ptr + token)
-        cos_ptr += position * stride_cp
-        sin_ptr += position * stride_cp
+        row = tl.multiple_of(tl.load(positions_ptr + token) * stride_cp, VECTOR)
+        cos_ptr += row
+        sin_ptr += row
     if group < q_groups:
         offs_h = group * BLOCK_H + tl.arange(0, BLOCK_H)
         q_ptr += token * stride_qt
@@ -199,27 +207,32 @@ def _rope_kv_write_kernel(
             tl.store(v_cache_ptr + block * stride_vn + in_block + offs, value, mask=mask)
 
 
+def _vector(head_dim: int, rotary_dim: int, element_bytes: int, stride_cp: int) -> int:
+    """Return how many numbers a thread reads at once: 16 bytes, or what divides a head's parts."""
+    return gcd(rotary_dim // 2, head_dim - rotary_dim, 16 // element_bytes, stride_cp)
+
+
 def _configuration(
-    num_tokens: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int,
-    element_bytes: int,
+    num_tokens: int, head_dim: int, rotary_dim: int, vector: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the block sizes and the compile options of a launch."""
+    block_half = triton.next_power_of_2(rotary_dim // 2)
+    block_rest = triton.next_power_of_2(max(1, head_dim - rotary_dim))
     block_e = triton.next_power_of_2(head_dim)
-    # Few tokens: few heads a program, to spread over the device. Many: 1024 elements a program,
-    # and as many threads as leave 16 bytes of a rotary half to each.
-    heads = 2 if num_tokens < 128 else max(1, 1024 // block_e)
+    narrowest = min(block_half, block_rest) if rotary_dim < head_dim else block_half
+    # A program takes so many heads that its narrowest part gives every thread of a warp a whole
+    # read. Few tokens: no more, to spread over the device. Many: 1024 elements a program.
+    warp_elements = 32 * vector
+    block_h = max(1, warp_elements // narrowest)
+    if num_tokens >= 128:
+        block_h = max(block_h, 1024 // block_e)
     blocks = {
-        "BLOCK_H": min(heads, triton.next_power_of_2(max(num_heads, num_kv_heads))),
-        "BLOCK_HALF": triton.next_power_of_2(rotary_dim // 2),
-        "BLOCK_REST": triton.next_power_of_2(max(1, head_dim - rotary_dim)),
+        "BLOCK_H": block_h,
+        "BLOCK_HALF": block_half,
+        "BLOCK_REST": block_rest,
         "BLOCK_E": block_e,
     }
-    is_full = blocks["BLOCK_H"] * block_e >= 1024
-    return blocks, {"num_warps": element_bytes if is_full else 1}
+    return blocks, {"num_warps": max(1, min(4, block_h * narrowest // warp_elements))}
 
 
 def rope_kv_write(
@@ -270,9 +283,9 @@ def rope_kv_write(
     num_kv_heads, block_size = k.shape[1], k_cache.shape[1]
     has_rope = cos is not None and sin is not None
     rotary_dim = head_dim if cos is None else cos.shape[1]
-    blocks, options = _configuration(
-        num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, q.element_size()
-    )
+    stride_cp = 0 if cos is None else cos.stride(0)
+    vector = _vector(head_dim, rotary_dim, q.element_size(), stride_cp)
+    blocks, options = _configuration(num_tokens, head_dim, rotary_dim, vector)
     groups = triton.cdiv(num_heads, blocks["BLOCK_H"]) + triton.cdiv(
         num_kv_heads, blocks["BLOCK_H"]
     )
@@ -291,7 +304,7 @@ def rope_kv_write(
         q.stride(0),
         k.stride(0),
         v.stride(0),
-        0 if cos is None else cos.stride(0),
+        stride_cp,
         k_cache.stride(0),
         v_cache.stride(0),
         norm_eps,
@@ -303,6 +316,7 @@ def rope_kv_write(
         HAS_Q_NORM=q_norm_weight is not None,
         HAS_K_NORM=k_norm_weight is not None,
         HAS_ROPE=has_rope,
+        VECTOR=vector,
         **blocks,
         **options,
         **launch_options(q.device),
@@ -385,26 +399,40 @@ def _check(
 def audit_cases(arch: int) -> Iterator[LaunchCase]:
     """Yield the launches the offline audit compiles for an architecture (80 for sm_80)."""
     del arch
-    shapes: tuple[tuple[str, int, int, int, int, int, bool], ...] = (
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for label, num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, has_norm in (
         ("llama-3.1-8b decode", 1, 32, 8, 128, 128, False),
         ("llama-3.1-8b prefill", 4096, 32, 8, 128, 128, False),
+        ("qwen3-8b decode", 1, 32, 8, 128, 128, True),
         ("qwen3-8b prefill", 4096, 32, 8, 128, 128, True),
-        ("partial rotary 32 of 80", 4096, 32, 32, 80, 32, False),
-    )
-    for dtype in (torch.bfloat16, torch.float32):
-        for label, num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, has_norm in shapes:
-            blocks, options = _configuration(
-                num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype.itemsize
-            )
+        ("smollm2-135m decode", 1, 9, 3, 64, 64, False),
+        ("gemma-2-9b decode", 1, 16, 8, 256, 256, False),
+        ("phi-2 decode", 1, 32, 32, 80, 32, False),
+        ("phi-2 prefill", 4096, 32, 32, 80, 32, False),
+        ("pythia-160m decode", 1, 12, 12, 64, 16, False),
+        ("pythia-2.8b decode", 1, 32, 32, 80, 20, False),
+    ):
+        for dtype, table_dtype in ((bf16, bf16), (bf16, fp32), (fp32, fp32)):
+            vector = _vector(head_dim, rotary_dim, dtype.itemsize, rotary_dim)
+            blocks, options = _configuration(num_tokens, head_dim, rotary_dim, vector)
             norm: Any = dtype if has_norm else None
+            read = {"q_ptr": dtype, "k_ptr": dtype, "cos_ptr": table_dtype, "sin_ptr": table_dtype}
+            if has_norm:
+                read.update(q_norm_ptr=dtype, k_norm_ptr=dtype)
+            reason = f"half of {rotary_dim} numbers is no multiple of 16 bytes"
+            narrow = {
+                name: NarrowRead(8 * kind.itemsize * vector, reason)
+                for name, kind in read.items()
+                if 8 * kind.itemsize * vector < 128
+            }
             row, kv_row = num_heads * head_dim, num_kv_heads * head_dim
-            pointers = (dtype,) * 5 + (torch.int64,) * 2 + (dtype,) * 2 + (norm,) * 2
+            pointers = (dtype,) * 3 + (table_dtype,) * 2 + (torch.int64,) * 2 + (dtype,) * 2
             numbers = (row, kv_row, kv_row, rotary_dim, 64 * kv_row, 64 * kv_row, 1e-6)
             yield LaunchCase(
                 op="rope_kv_write",
-                label=f"{label} {dtype}",
+                label=f"{label} {dtype} tables {table_dtype}",
                 kernel=_rope_kv_write_kernel,
-                args=(*pointers, *numbers),
+                args=(*pointers, norm, norm, *numbers),
                 constants={
                     "NUM_HEADS": num_heads,
                     "NUM_KV_HEADS": num_kv_heads,
@@ -414,13 +442,13 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                     "HAS_Q_NORM": has_norm,
                     "HAS_K_NORM": has_norm,
                     "HAS_ROPE": True,
+                    "VECTOR": vector,
                     **blocks,
                 },
                 options=options,
                 mma="none",
-                # The loads of the tables, a few numbers for all heads, outnumber in the listing
-                # those of the heads, which are 128 bits wide where a head is rotated whole.
-                streams=False,
+                streams=("v_ptr", *(name for name in read if name not in narrow)),
+                narrow=narrow,
             )
 
 

@@ -2,8 +2,8 @@
 
     token = min {t : sum_{s <= t} p[s] > u},   p = softmax(logits),   u = philox(key, position, uid)
 
-Two launches: the first reduces each tile of a row to its maximum, that maximum's lowest index and
-its mass; the second finds the tile where the CDF passes u, and the token within that tile. The
+Two launches: the first reduces each tile of a row to its maximum and its mass; the second finds the
+tile where the CDF passes u, or that of the row's maximum, and the token within that tile. The
 logits are read once, and one tile of them twice. One uniform a row is all the randomness: a row's
 token depends on its logits, key, position and uid, not on the batch around it.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tritonhybrid_kernels.launch import (
     LaunchCase,
+    NarrowRead,
     check_last_stride,
     check_launchable,
     check_rank,
@@ -42,7 +43,6 @@ _PIECE: Final = 128
 def _tile_stats_kernel(
     logits_ptr,  # [B, V]
     maximum_ptr,  # [B, num_tiles] fp32
-    best_ptr,  # [B, num_tiles] int32, lowest index of the maximum
     mass_ptr,  # [B, num_tiles] fp32, sum of exp(logit - maximum)
     vocab_size,
     stride_lb,
@@ -55,12 +55,11 @@ def _tile_stats_kernel(
     logits = tl.load(
         logits_ptr + row * stride_lb + offs, mask=offs < vocab_size, other=float("-inf")
     )
-    maximum, best = tl.max(logits, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    maximum = tl.max(logits, axis=0)
     # A tile of masked tokens has the maximum -inf, and -inf - -inf is NaN.
     mass = tl.sum(tl.exp(logits - tl.where(maximum == float("-inf"), 0.0, maximum)), axis=0)
     out = row * num_tiles + tile
     tl.store(maximum_ptr + out, maximum)
-    tl.store(best_ptr + out, tile * TILE + best)
     tl.store(mass_ptr + out, mass)
 
 
@@ -68,7 +67,6 @@ def _tile_stats_kernel(
 def _invert_cdf_kernel(
     logits_ptr,  # [B, V]
     maximum_ptr,  # [B, num_tiles] fp32
-    best_ptr,  # [B, num_tiles] int32
     mass_ptr,  # [B, num_tiles] fp32
     keys_ptr,  # [B] int64
     uids_ptr,  # [B] int64
@@ -93,34 +91,32 @@ def _invert_cdf_kernel(
     )
     masses = tl.load(mass_ptr + tiles, mask=mask_t, other=0.0) * tl.exp(maxima - row_max)
     total = tl.sum(masses, axis=0)
-    if tl.load(greedy_ptr + row):
-        token = tl.load(best_ptr + row * num_tiles + best_tile)
-    else:
-        uid = tl.load(uids_ptr + row)
-        counter = tl.full((1,), ROW_COUNTER, tl.uint32)
-        position = tl.load(positions_ptr + row)
-        uniform = philox_uniform(tl.load(keys_ptr + row), counter, position, uid, uid >> 32)
-        target = tl.sum(uniform, axis=0) * total
-        # A parallel scan may fall back by a rounding, so tokens without mass are excluded by
-        # name; where rounding leaves no candidate, the last one with mass ends the CDF.
-        cdf = tl.cumsum(masses, axis=0)
-        has_mass = masses > 0
-        tile = tl.min(tl.where(has_mass & (cdf > target), offs_t, BLOCK_T), axis=0)
-        tile = tl.where(tile < BLOCK_T, tile, tl.max(tl.where(has_mass, offs_t, 0), axis=0))
-        before = tl.sum(tl.where(offs_t < tile, masses, 0.0), axis=0)
-        offs = tl.arange(0, TILE)
-        ids = tile * TILE + offs
-        logits = tl.load(
-            logits_ptr + row * stride_lb + ids, mask=ids < vocab_size, other=float("-inf")
-        )
-        weights = tl.exp(logits - row_max)
-        cdf = before + tl.cumsum(weights, axis=0)
-        has_mass = weights > 0
-        found = tl.min(tl.where(has_mass & (cdf > target), offs, TILE), axis=0)
-        found = tl.where(found < TILE, found, tl.max(tl.where(has_mass, offs, 0), axis=0))
-        token = tile * TILE + found
-    logit = tl.load(logits_ptr + row * stride_lb + token)
-    tl.store(tokens_ptr + row, token.to(tl.int64))
+    uid = tl.load(uids_ptr + row)
+    counter = tl.full((1,), ROW_COUNTER, tl.uint32)
+    position = tl.load(positions_ptr + row)
+    uniform = philox_uniform(tl.load(keys_ptr + row), counter, position, uid, uid >> 32)
+    target = tl.sum(uniform, axis=0) * total
+    # A parallel scan may fall back by a rounding, so tokens without mass are excluded by name;
+    # where rounding leaves no candidate, the last one with mass ends the CDF.
+    cdf = tl.cumsum(masses, axis=0)
+    has_mass = masses > 0
+    tile = tl.min(tl.where(has_mass & (cdf > target), offs_t, BLOCK_T), axis=0)
+    tile = tl.where(tile < BLOCK_T, tile, tl.max(tl.where(has_mass, offs_t, 0), axis=0))
+    before = tl.sum(tl.where(offs_t < tile, masses, 0.0), axis=0)
+    is_greedy = tl.load(greedy_ptr + row)
+    tile = tl.where(is_greedy, best_tile, tile)
+    offs = tl.arange(0, TILE)
+    ids = tile * TILE + offs
+    logits = tl.load(logits_ptr + row * stride_lb + ids, mask=ids < vocab_size, other=float("-inf"))
+    _, best = tl.max(logits, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    weights = tl.exp(logits - row_max)
+    cdf = before + tl.cumsum(weights, axis=0)
+    has_mass = weights > 0
+    found = tl.min(tl.where(has_mass & (cdf > target), offs, TILE), axis=0)
+    found = tl.where(found < TILE, found, tl.max(tl.where(has_mass, offs, 0), axis=0))
+    found = tl.where(is_greedy, best, found)
+    logit = tl.sum(tl.where(offs == found, logits, 0.0), axis=0)
+    tl.store(tokens_ptr + row, (tile * TILE + found).to(tl.int64))
     tl.store(logprobs_ptr + row, logit - row_max - tl.log(total))
 
 
@@ -165,11 +161,9 @@ def sample_logits(
     check_launchable(op, device)
     num_tiles = triton.cdiv(vocab_size, _TILE)
     maximum, mass = torch.empty((2, batch, num_tiles), dtype=torch.float32, device=device)
-    best = torch.empty((batch, num_tiles), dtype=torch.int32, device=device)
     _tile_stats_kernel[(batch, num_tiles)](
         logits,
         maximum,
-        best,
         mass,
         vocab_size,
         logits.stride(0),
@@ -181,7 +175,6 @@ def sample_logits(
     _invert_cdf_kernel[(batch,)](
         logits,
         maximum,
-        best,
         mass,
         keys,
         uids,
@@ -211,29 +204,35 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
     """Yield the launches the offline audit compiles for an architecture (80 for sm_80)."""
     del arch
     fp32, int64 = torch.float32, torch.int64
-    for vocab_size in (32000, 128256, 151936):
+    for vocab_size in (32000, 50257, 128256, 151936):
         num_tiles = triton.cdiv(vocab_size, _TILE)
-        stats = (fp32, torch.int32, fp32)
+        has_aligned_rows = vocab_size % 16 == 0
+        unaligned = NarrowRead(32, f"rows of {vocab_size} float32 start at no 16 bytes")
+        per_tile = NarrowRead(32, f"{num_tiles} tiles are less than a number a thread")
+        streams = ("logits_ptr",) if has_aligned_rows else ()
+        narrow = {} if has_aligned_rows else {"logits_ptr": unaligned}
         yield LaunchCase(
             op="sample_logits",
             label=f"tile stats V={vocab_size}",
             kernel=_tile_stats_kernel,
-            args=(fp32, *stats, vocab_size, vocab_size, num_tiles),
+            args=(fp32, fp32, fp32, vocab_size, vocab_size, num_tiles),
             constants={"TILE": _TILE},
             options={"num_warps": _NUM_WARPS},
             mma="none",
-            streams=True,
+            streams=streams,
+            narrow=narrow,
         )
         rows = (int64, int64, int64, torch.bool, int64, fp32)
         yield LaunchCase(
             op="sample_logits",
             label=f"inverse CDF V={vocab_size}",
             kernel=_invert_cdf_kernel,
-            args=(fp32, *stats, *rows, vocab_size, vocab_size, num_tiles),
+            args=(fp32, fp32, fp32, *rows, vocab_size, vocab_size, num_tiles),
             constants=_invert_constants(num_tiles),
             options={"num_warps": _NUM_WARPS},
             mma="none",
-            streams=False,
+            streams=streams,
+            narrow={**narrow, "maximum_ptr": per_tile, "mass_ptr": per_tile},
         )
 
 

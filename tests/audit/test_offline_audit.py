@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from tritonhybrid_kernels.audit import SHARED_LIMIT_BYTES, audit_case, compile_case, inspect_kernel
-from tritonhybrid_kernels.launch import LaunchCase
+from tritonhybrid_kernels.launch import LaunchCase, NarrowRead
 from tritonhybrid_kernels.ops import OP_NAMES
 
 ARCHS = tuple(SHARED_LIMIT_BYTES)
@@ -29,6 +29,16 @@ def test_every_shipped_launch_may_ship(op, arch):
     assert len(labels) == len(set(labels)) > 0
     broken = {case.label: audit_case(case, arch)[1] for case in cases}
     assert {label: rules for label, rules in broken.items() if rules} == {}
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_no_launch_is_exempt_without_a_reason(op):
+    for arch in ARCHS:
+        cases = list(import_module(f"tritonhybrid_kernels.{op}").audit_cases(arch))
+        assert any(case.streams for case in cases)
+        for case in cases:
+            assert case.streams or case.narrow
+            assert all(len(read.reason.split()) > 3 for read in case.narrow.values())
 
 
 @triton.jit
@@ -47,7 +57,7 @@ def probe(size: int, dtype: torch.dtype, block: int, num_warps: int, mma: str) -
         constants={"BLOCK": block},
         options={"num_warps": num_warps},
         mma=mma,
-        streams=True,
+        streams=("x_ptr",),
     )
 
 
@@ -57,12 +67,77 @@ def test_a_sound_kernel_passes_with_the_instruction_of_its_architecture(arch, mm
     assert broken == []
     assert report.mma == mma and report.num_mma > 0
     assert report.load_widths[128] == report.load_widths.total() > 0
+    assert report.operand_widths == {"x_ptr": report.load_widths}
     assert report.registers <= 255 and report.num_warps == 4
 
 
-def test_the_gate_sees_narrow_loads():
-    _, broken = audit_case(probe(67, torch.bfloat16, 64, 4, "HMMA"), 80)
-    assert len(broken) == 1 and "not read 128 bits at a time" in broken[0]
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_gate_sees_narrow_loads(arch):
+    report, broken = audit_case(probe(67, torch.bfloat16, 64, 4, "tensor_core"), arch)
+    assert broken == [f"x_ptr is not read 128 bits at a time: {found(report, 'x_ptr')}"]
+
+
+def found(report, name):
+    return f"reads by width {dict(report.operand_widths[name])}"
+
+
+@triton.jit
+def _sum_kernel(absent_ptr, x_ptr, stride_x, y_ptr, stride_y, out_ptr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride_x + offs)
+    y = tl.load(y_ptr + row * stride_y + offs)
+    scale = tl.load(out_ptr + row)
+    tl.store(out_ptr + row * BLOCK + offs, (x + y) * scale)
+
+
+def two_operands(stride_x: int, stride_y: int) -> LaunchCase:
+    return LaunchCase(
+        op="probe",
+        label="probe",
+        kernel=_sum_kernel,
+        args=(None, torch.float32, stride_x, torch.float32, stride_y, torch.float32),
+        constants={"BLOCK": 1024},
+        options={"num_warps": 4},
+        mma="none",
+        streams=("x_ptr", "y_ptr"),
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("strides", "narrow"),
+    [((1024, 1024), None), ((1024, 1025), "y_ptr"), ((1, 1024), "x_ptr"), ((1024, 1), "y_ptr")],
+)
+def test_the_gate_names_one_operand_read_directly_that_is_narrow(arch, strides, narrow):
+    """An absent pointer and a stride of 1 are compiled in and shift the numbers of the others."""
+    report, broken = audit_case(two_operands(*strides), arch)
+    assert [rule.split()[0] for rule in broken] == ([] if narrow is None else [narrow])
+    assert set(report.operand_widths) == {"x_ptr", "y_ptr"}
+
+
+def test_the_gate_refuses_an_operand_without_a_name():
+    case = replace(two_operands(1024, 1025), streams=("x_ptr",))
+    _, broken = audit_case(case, 90)
+    assert broken == ["y_ptr is read, but named neither as a stream nor as a narrow read"]
+
+
+def test_the_gate_takes_a_narrow_read_with_its_width_and_reason_and_no_narrower_one():
+    reads = {bits: {"y_ptr": NarrowRead(bits, "rows of 1025 numbers")} for bits in (32, 64)}
+    case = replace(two_operands(1024, 1025), streams=("x_ptr",))
+    assert audit_case(replace(case, narrow=reads[32]), 90)[1] == []
+    report, broken = audit_case(replace(case, narrow=reads[64]), 90)
+    assert broken == [f"y_ptr is not read 64 bits at a time: {found(report, 'y_ptr')}"]
+
+
+def test_the_gate_refuses_names_that_no_longer_hold():
+    wide = {"y_ptr": NarrowRead(32, "it was so once")}
+    case = replace(two_operands(1024, 1024), streams=("x_ptr", "z_ptr"), narrow=wide)
+    _, broken = audit_case(case, 90)
+    assert broken == [
+        "z_ptr is named as a stream, but not read",
+        "y_ptr is named as a narrow read (it was so once), but is a stream",
+    ]
 
 
 @triton.jit
@@ -78,21 +153,55 @@ def _pipelined_kernel(x_ptr, w_ptr, y_ptr, depth, stride_w, BLOCK: tl.constexpr)
     tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
 
 
-@pytest.mark.parametrize(("stride", "num_broken"), [(512, 0), (514, 1), (513, 1)])
-def test_the_gate_sees_one_narrow_operand_beside_a_wide_one(stride, num_broken):
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stride", [512, 514, 513])
+def test_the_gate_names_the_one_pipelined_operand_that_is_narrow(arch, dtype, stride):
     case = LaunchCase(
         op="probe",
         label="probe",
         kernel=_pipelined_kernel,
-        args=(torch.bfloat16, torch.bfloat16, torch.float32, 512, stride),
+        args=(dtype, dtype, torch.float32, 512, stride),
         constants={"BLOCK": 64},
         options={"num_warps": 4, "num_stages": 3},
-        mma="HMMA",
-        streams=True,
+        mma="tensor_core",
+        streams=("x_ptr", "w_ptr"),
     )
-    report, broken = audit_case(case, 80)
-    assert len(broken) == num_broken
+    report, broken = audit_case(case, arch)
+    narrow = [] if stride == 512 else ["w_ptr"]
+    assert [rule.split()[0] for rule in broken] == narrow
+    assert set(report.operand_widths["x_ptr"]) == {128}
     assert report.async_widths[128] > 0
+
+
+@triton.jit
+def _selecting_kernel(a_ptr, b_ptr, table_ptr, y_ptr, stride_a, stride_b, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        x_ptr = a_ptr
+        stride = stride_a
+    else:
+        x_ptr = b_ptr
+        stride = stride_b
+    row = tl.load(table_ptr + tl.program_id(1))
+    tl.store(y_ptr + offs, tl.load(x_ptr + row * stride + offs))
+
+
+@pytest.mark.parametrize(("stride_b", "is_wide"), [(1024, True), (1025, False)])
+def test_a_read_that_selects_counts_for_each_operand_and_not_for_the_table(stride_b, is_wide):
+    case = LaunchCase(
+        op="probe",
+        label="probe",
+        kernel=_selecting_kernel,
+        args=(torch.float32, torch.float32, torch.int64, torch.float32, 1024, stride_b),
+        constants={"BLOCK": 1024},
+        options={"num_warps": 4},
+        mma="none",
+        streams=("a_ptr", "b_ptr"),
+    )
+    report, broken = audit_case(case, 90)
+    assert [rule.split()[0] for rule in broken] == ([] if is_wide else ["a_ptr", "b_ptr"])
+    assert set(report.operand_widths) == {"a_ptr", "b_ptr"}
 
 
 def test_the_gate_sees_spills():

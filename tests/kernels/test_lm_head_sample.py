@@ -82,6 +82,25 @@ def test_samples_and_logprobs_match_fp64(device, dtype, batch, vocab_size, depth
     check(result, logits, options["temperature"], LOGPROB_TOLERANCES[dtype], gumbel)
 
 
+@pytest.fixture
+def poisoned_memory():
+    """What torch.empty gives is full of NaN or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("vocab_size", [130, 300])
+def test_what_the_padding_of_the_tiles_holds_is_not_looked_at(device, vocab_size, poisoned_memory):
+    assert torch.empty(1, device=device).isnan()
+    hidden, weight = head(device, torch.float32, 3, vocab_size, 48)
+    options = draws(device, 3, 0.8)
+    options["temperature"][1] = 0.0
+    result = lm_head_sample(hidden, weight, **options)
+    logits = exact_logits(hidden, weight)
+    check(result, logits, options["temperature"], 1e-5, noise(vocab_size, **options))
+
+
 @pytest.mark.parametrize("sample", PATHS)
 def test_bias_scale_and_softcap_shape_the_logits(device, sample):
     hidden, weight = head(device, torch.float32, 3, 140, 48)
