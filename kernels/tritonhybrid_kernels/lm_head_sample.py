@@ -252,7 +252,9 @@ def lm_head_sample(
     for name, index in (("keys", keys), ("uids", uids), ("positions", positions)):
         check_index(op, name, index, batch, torch.int64, device)
     tokens = torch.empty(batch, dtype=torch.int64, device=device)
-    logprobs, raw_logprobs = torch.empty((2, batch), dtype=torch.float32, device=device)
+    # Each its own memory: the results of an operator may not share any (library.py).
+    logprobs = torch.empty(batch, dtype=torch.float32, device=device)
+    raw_logprobs = torch.empty(batch, dtype=torch.float32, device=device)
     if batch == 0:
         return tokens, logprobs, raw_logprobs
     check_launchable(op, device)
