@@ -282,7 +282,7 @@ def _run_reference(parts: ModelParts) -> _Reference:
             ids = torch.tensor([prompt], device=device)
             out = parts.backbone(input_ids=ids, use_cache=True)
             hidden.append(out[0][0])
-            reference.geometry = _geometry(getattr(out, cache_name(parts.backbone)))
+            reference.geometry = _geometry(getattr(out, cache_name(parts.backbone), None))
             logits.append(_full_logits(parts, ids)[:, -1])
     finally:
         for handle in handles:
@@ -305,6 +305,8 @@ def _full_logits(parts: ModelParts, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _geometry(cache: Any) -> list[LayerGeometry]:
+    if cache is None:
+        raise ValueError("it returns no key-value cache")
     return [
         LayerGeometry(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
         for layer in cache.layers
