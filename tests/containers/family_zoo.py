@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 TABLE = Path(__file__).parents[2] / "docs/families.md"
@@ -69,12 +71,25 @@ class Family:
         settings: Of its config.
         note: What the tiny model has that matters here.
         base: Settings that come first.
+        since: Release of transformers that made this path possible; before, it is hf.
     """
 
     path: str
     settings: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     base: dict[str, Any] = field(default_factory=lambda: _COMMON)
+    since: str = "5"
+
+    @property
+    def remarks(self) -> str:
+        """The note, and with which transformers the path holds if not with all."""
+        limit = f"hf before transformers {self.since}" if self.since != "5" else ""
+        return "; ".join(filter(None, (self.note, limit)))
+
+    @property
+    def served(self) -> str:
+        """Which path serves it with the transformers at hand."""
+        return self.path if Version(transformers.__version__) >= Version(self.since) else "hf"
 
 
 def _window(layers: int = 2, **more: Any) -> dict[str, Any]:
@@ -135,10 +150,16 @@ FAMILIES: dict[str, Family] = {
     "ministral": Family("fused", _window(), "sliding window"),
     "deepseek_v2": Family("hf", {**_EXPERTS, **_LATENT}, "latent attention, experts"),
     "deepseek_v3": Family("hf", {**_EXPERTS, **_LATENT}, "latent attention, experts"),
-    "nemotron": Family("generic"),
+    "nemotron": Family("generic", since="5.13"),
     "biogpt": Family("generic", {"head_dim": None}),
     "xglm": Family("hf", {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "init_std": 0.2}),
-    "codegen": Family("hf", {"rotary_dim": 4}, base=_GPT2),
+    "codegen": Family(
+        "generic",
+        {"rotary_dim": 4},
+        "parallel residual",
+        base=_GPT2,
+        since="5.24",
+    ),
     "vaultgemma": Family("generic", _window()),
     "apertus": Family("generic"),
     "arcee": Family("generic"),
@@ -158,6 +179,11 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family("fused"),
     "hunyuan_v1_dense": Family("generic"),
     "ernie4_5": Family("generic"),
+    "ernie4_5_moe": Family(
+        "generic",
+        {**_EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+        "experts",
+    ),
     "diffllama": Family("hf", note="two attentions a layer"),
     "doge": Family("hf", note="a mask of its own"),
     "bitnet": Family("generic"),
@@ -169,7 +195,13 @@ FAMILIES: dict[str, Family] = {
     "cwm": Family("fused", _window(layer_types=["sliding_attention", "full_attention"])),
     "bloom": Family("hf", {"n_layer": 2, "n_head": 4}, "ALiBi"),
     "falcon": Family("hf", {"num_kv_heads": 1, "head_dim": None}),
-    "gptj": Family("hf", {"rotary_dim": 4}, base=_GPT2),
+    "gptj": Family(
+        "generic",
+        {"rotary_dim": 4},
+        "parallel residual",
+        base=_GPT2,
+        since="5.24",
+    ),
     "gpt_neo": Family(
         "hf",
         {
@@ -210,7 +242,7 @@ FAMILIES: dict[str, Family] = {
         "linear attention layers",
     ),
     "openai-gpt": Family("hf", base=_GPT2),
-    "ctrl": Family("generic", {"dff": 48}, base=_GPT2),
+    "ctrl": Family("generic", {"dff": 48}, base=_GPT2, since="5.13"),
 }
 
 
@@ -241,11 +273,15 @@ def table() -> str:
     lines = [
         "# Families",
         "",
-        "Each row is proved by `tests/containers/test_families.py` on a tiny random model in fp32:",
-        "greedy tokens of `rollout` and `generate` equal Hugging Face's, log-probabilities lie",
-        "within 2e-4 of an fp64 log-softmax of its forward. The table is written by",
-        "`python tests/containers/family_zoo.py`; prove a family that is not here with",
-        "`tritonhybrid.testing.check_family(model)`.",
+        "Each row is proved by `tests/containers/test_families.py` on a tiny random model in fp32,",
+        "trained for a step by real DeepSpeed engines, ZeRO 0 and ZeRO 3 (every parameter",
+        "partitioned): greedy tokens of `rollout` and `generate` equal Hugging Face's on prompts",
+        "of mixed length, log-probabilities lie within 2e-4 of an fp64 log-softmax of its forward,",
+        "and the weights of a rollout are those that DeepSpeed gathers. No family is left out of",
+        "ZeRO 3.",
+        "",
+        "The table is written by `python tests/containers/family_zoo.py`. Prove a family that is",
+        "not here with `tritonhybrid.testing.check_family(model)`, or of a wrapped engine.",
         "",
         "- **fused**: every layer runs in our container.",
         "- **generic**: Hugging Face's own layer code over our attention and paged cache",
@@ -256,7 +292,7 @@ def table() -> str:
         "| Path | `model_type` | The tiny model has |",
         "| --- | --- | --- |",
     ]
-    lines += [f"| {family.path} | `{name}` | {family.note} |" for name, family in rows]
+    lines += [f"| {family.path} | `{name}` | {family.remarks} |" for name, family in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -1,9 +1,12 @@
 """Every family of docs/families.md against Hugging Face, and the path that serves it."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero import GatheredParameters
 from family_zoo import FAMILIES, TABLE, build, table
 from transformers import LlamaForCausalLM
 
@@ -30,11 +33,42 @@ def hf_alone(model, prompt: list[int], max_new_tokens: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+def train_a_step(engine: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 128, (1, 20), generator=generator)
+    engine.train()
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    engine.eval()
+
+
+def weights_by_deepspeed(engine: Any) -> dict[str, torch.Tensor]:
+    with GatheredParameters(list(engine.module.parameters())):
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def weights_of_a_rollout(engine: Any) -> dict[str, torch.Tensor]:
+    with engine.__dict__["_tritonhybrid"].generation.source.materialised():
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [0, 3], ids="ZeRO-{}".format)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_tokens_and_logprobs_are_hugging_faces(name: str):
-    report = check_family(build(name), path=FAMILIES[name].path, max_new_tokens=12)
+def test_greedy_tokens_and_logprobs_are_hugging_faces(
+    name: str, stage: int, engine_of: Callable[..., Any]
+):
+    model = build(name)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine = engine_of(model, stage)
+    assert all(p.numel() == 0 for p in model.parameters()) == (stage == 3)
+    train_a_step(engine)
+    trained = weights_by_deepspeed(engine)
+    torch.testing.assert_close(weights_of_a_rollout(engine), trained, rtol=0, atol=0)
+    assert any(not torch.equal(trained[name], initial[name]) for name in initial)
+    report = check_family(engine, path=FAMILIES[name].served, max_new_tokens=12)
     assert report.num_equal == report.num_tokens > 40
     assert report.max_logprob_error <= 2e-4
+    assert engine.stats.strategy == ("pinned" if stage == 3 else "resident")
 
 
 def test_llama_qwen2_and_qwen3_are_fused():
@@ -122,7 +156,7 @@ def test_prompts_of_unequal_length_on_hugging_faces_loop_are_those_of_each_alone
 
 
 def test_each_sequence_on_hugging_faces_loop_has_its_own_length_end_and_noise():
-    model = build("gptj")
+    model = build("falcon")
     engine = hold(model)
     prompt, other = prompts(4, 4)
     free = hf_alone(model, prompt, 12)
