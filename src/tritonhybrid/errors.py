@@ -21,6 +21,13 @@ __all__ = [
 ]
 
 
+# What to do once ranks are out of step.
+GROUP_LOST = (
+    "The process group is lost: start the ranks again, from a checkpoint. "
+    "If a rank was only slow, raise sync_timeout_s."
+)
+
+
 def explain(rule: str, *, expected: object, got: object, hint: str) -> str:
     """Word an error in the house's four parts: rule, expected, got, what to do."""
     return f"{rule}: expected {expected}, got {got}. {hint}"
@@ -74,18 +81,23 @@ class RankFailureError(TritonHybridError, RuntimeError):
     """Another rank failed during a call that every rank takes part in.
 
     Args:
-        rank: Global rank that raised.
+        rank: Global rank that raised, died or hangs.
         message: Its error, in one line.
+        is_group_lost: Whether it failed inside a collective: the process group is out of
+            step, and nothing collective works any more.
     """
 
-    def __init__(self, rank: int, message: str) -> None:
+    def __init__(self, rank: int, message: str, is_group_lost: bool = False) -> None:
         self.rank = rank
         self.message = message
-        super().__init__(
-            f"rank {rank} failed during a collective rollout: {message} "
-            "Nothing was lost on this rank; mend the cause there and call again."
+        self.is_group_lost = is_group_lost
+        hint = (
+            GROUP_LOST
+            if is_group_lost
+            else "Nothing was lost on this rank; mend the cause there and call again."
         )
+        super().__init__(f"rank {rank} failed during a collective rollout: {message} {hint}")
 
-    def __reduce__(self) -> tuple[type[RankFailureError], tuple[int, str]]:
+    def __reduce__(self) -> tuple[type[RankFailureError], tuple[int, str, bool]]:
         """Rebuild from the constructor's own arguments when unpickled."""
-        return type(self), (self.rank, self.message)
+        return type(self), (self.rank, self.message, self.is_group_lost)

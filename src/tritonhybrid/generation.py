@@ -115,7 +115,7 @@ class Generation:
 
         Args:
             sequences: Checked already; may be empty where other ranks have some.
-            call: Every rank's call; started here.
+            call: Every rank's call; the ranks meet before and after the weights are gathered.
             stats: Filled in place.
             hf_decoding: Runs in place of our sampling where HF's own loop must serve the
                 model; the sequences then stay as they are.
@@ -128,9 +128,9 @@ class Generation:
             NonFiniteLogitsError: The model gave NaN.
             RankFailureError: Another rank failed.
         """
-        call.start()
         parts = find_parts(self.module)
-        with self.source.materialised(parts.layers if parts else ()) as weights:
+        layers = parts.layers if parts else ()
+        with self.source.materialised(layers, call.meet) as weights:
             stats.strategy = weights.strategy
             stats.gather_s = weights.gather_s
             stats.gather_bytes = weights.gather_bytes
@@ -156,15 +156,15 @@ class Generation:
         Args:
             reason: What our loop doesn't serve.
             decode: HF's decoding, arguments bound.
-            call: Every rank's call; started here.
+            call: Every rank's call; the ranks meet before and after the weights are gathered.
             stats: Filled in place.
 
         Returns:
             What ``decode`` returns.
         """
-        call.start()
         parts = find_parts(self.module)
-        with self.source.materialised(parts.layers if parts else ()) as weights:
+        layers = parts.layers if parts else ()
+        with self.source.materialised(layers, call.meet) as weights:
             stats.strategy, stats.gather_s = weights.strategy, weights.gather_s
             stats.gather_bytes = weights.gather_bytes
             stats.extra_weight_bytes = weights.extra_bytes

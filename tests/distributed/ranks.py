@@ -41,7 +41,16 @@ _context.set_forkserver_preload(
 
 
 class RankError(AssertionError):
-    """A rank raised, hung or died; the message holds what is known of each."""
+    """A rank raised, hung or died; the message holds what is known of each.
+
+    Args:
+        failures: What is known of each rank that failed.
+        results: What the other ranks returned.
+    """
+
+    def __init__(self, failures: dict[int, str], results: dict[int, Any]) -> None:
+        super().__init__("\n".join(f"rank {r}: {failures[r]}" for r in sorted(failures)))
+        self.results = results
 
 
 class RankPool:
@@ -90,7 +99,7 @@ class RankPool:
                 continue
         for process in self._processes:
             process.join(10)
-        self._kill()
+        self.kill()
 
     def _start(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="ranks")
@@ -128,8 +137,8 @@ class RankPool:
                 if not is_ok:
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
         if failures:
-            self._kill()
-            raise RankError("\n".join(f"rank {r}: {failures[r]}" for r in sorted(failures)))
+            self.kill()
+            raise RankError(failures, results)
         return [results[rank] for rank in range(self.world_size)]
 
     def _stacks(self, waiting: dict[int, Connection]) -> dict[int, str]:
@@ -143,7 +152,8 @@ class RankPool:
             for rank in waiting
         }
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End the processes at once."""
         for process in self._processes:
             process.kill()
             process.join()

@@ -49,6 +49,11 @@ class Arena:
         """Whether it was laid out for exactly these parameters."""
         return self._key == _key(parameters)
 
+    def store(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Copy whole parameters into their places."""
+        for parameter in parameters:
+            self.view(parameter).copy_(parameter.data)
+
     def view(self, parameter: nn.Parameter) -> torch.Tensor:
         """The parameter's place, of its full shape."""
         return self._views[id(parameter)]

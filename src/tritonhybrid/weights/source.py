@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import (
+    DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR,
+    ZeroParamStatus,
+)
 from torch import nn
 
 from tritonhybrid.interrupts import InterruptsHeld
 from tritonhybrid.weights.agreement import RankAgreement
 from tritonhybrid.weights.arena import Arena, full_shape
+from tritonhybrid.weights.gather_guard import GatherGuard
 from tritonhybrid.weights.hooks import deepspeed_hooks_aside, eval_mode, plain_linear
 
 Strategy = Literal["resident", "pinned", "foreign"]
@@ -86,14 +90,25 @@ class WeightSource:
         return self._agreement if self.strategy == "pinned" else None
 
     @contextmanager
-    def materialised(self, layers: Iterable[nn.Module] = ()) -> Iterator[Materialisation]:
+    def materialised(
+        self, layers: Iterable[nn.Module] = (), meet: Callable[[], None] = lambda: None
+    ) -> Iterator[Materialisation]:
         """Whole parameters, eval mode, DeepSpeed's hooks aside; all undone on exit.
+
+        With ZeRO-3 a rank that fails while it gathers goes on taking part and raises when
+        all is gathered, so that the ranks stay in step.
 
         Args:
             layers: Decoder layers, for bucketing.
+            meet: Called before the first gather and after the last; raises on every rank
+                if one of them has failed by then.
 
         Yields:
             What it took.
+
+        Raises:
+            RankFailureError: Another rank failed inside a gather.
+            EngineStateError: Some rank did.
         """
         strategy = self.strategy
         with (
@@ -112,24 +127,28 @@ class WeightSource:
                 )
                 return
             parameters = list(self._module.parameters())
-            partitioned = [(p, p.data) for p in parameters]
+            arena = self._arena_of(parameters)
+            partitioned = [_Partition(parameter) for parameter in parameters]
             try:
-                start = time.perf_counter()
-                gathered = self._fill_arena(parameters, layers)
-                assert self._arena is not None
-                for parameter in parameters:
-                    parameter.data = self._arena.view(parameter)
+                with InterruptsHeld():
+                    meet()
+                    start = time.perf_counter()
+                    gathered = self._gather(arena, parameters, layers)
+                    for parameter in parameters:
+                        parameter.data = arena.view(parameter)
+                    gather_s = time.perf_counter() - start
+                    meet()
                 yield Materialisation(
                     strategy=strategy,
-                    gather_s=time.perf_counter() - start,
+                    gather_s=gather_s,
                     gather_bytes=gathered,
-                    extra_bytes=self._arena.num_bytes,
+                    extra_bytes=arena.num_bytes,
                     was_training=was_training,
                 )
             finally:
                 with InterruptsHeld():
-                    for parameter, data in partitioned:
-                        parameter.data = data
+                    for partition in partitioned:
+                        partition.restore()
 
     def gathered_forward(self, layer: nn.Module) -> Callable[..., Any]:
         """The layer's forward with its partitioned parameters gathered around each call.
@@ -144,19 +163,61 @@ class WeightSource:
 
         return forward
 
-    def _fill_arena(self, parameters: Sequence[nn.Parameter], layers: Iterable[nn.Module]) -> int:
+    def _arena_of(self, parameters: Sequence[nn.Parameter]) -> Arena:
         if self._arena is None or not self._arena.holds(parameters):
             self._arena = None
             self._arena = Arena(parameters)
+        return self._arena
+
+    def _gather(
+        self, arena: Arena, parameters: Sequence[nn.Parameter], layers: Iterable[nn.Module]
+    ) -> int:
+        """Copy all parameters into the arena; returns the bytes gathered."""
+        guard = GatherGuard(self._agreement, parameters) if self._agreement is not None else None
+        collectives = guard.collectives if guard is not None else nullcontext
+        failure: BaseException | None = None
         gathered = 0
-        for bucket in _buckets(parameters, layers, self._layers_per_bucket):
-            # A persistent (small) parameter is whole already and must not be partitioned.
-            missing = [p for p in bucket if _status(p) is not ZeroParamStatus.AVAILABLE]
-            with GatheredParameters(missing):
-                for parameter in bucket:
-                    self._arena.view(parameter).copy_(parameter.data)
-            gathered += sum(full_shape(p).numel() * p.dtype.itemsize for p in missing)
+        with guard.time_limit() if guard is not None else nullcontext():
+            for bucket in _buckets(parameters, layers, self._layers_per_bucket):
+                # A persistent (small) parameter is whole already and must not be partitioned.
+                missing = [p for p in bucket if _status(p) is not ZeroParamStatus.AVAILABLE]
+                gather = GatheredParameters(missing)
+                with collectives():
+                    gather.__enter__()
+                try:
+                    if failure is None:
+                        arena.store(bucket)
+                except BaseException as error:
+                    # The others gather on; this rank leaves them when all is gathered.
+                    failure = error
+                with collectives():
+                    gather.__exit__(None, None, None)
+                gathered += sum(full_shape(p).numel() * p.dtype.itemsize for p in missing)
+            if guard is not None:
+                with collectives():
+                    guard.await_device(parameters[0].device)
+        if failure is not None:
+            raise failure
         return gathered
+
+
+class _Partition:
+    """A parameter as it is between rollouts, whatever becomes of it meanwhile."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = parameter
+        self._data = parameter.data
+        self._attributes = {
+            name: parameter.__dict__[name]
+            for name in ("ds_status", DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR)
+            if name in parameter.__dict__
+        }
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self._parameter.data = self._data
+        self._parameter.__dict__.pop(DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR, None)
+        self._parameter.__dict__.update(self._attributes)
 
 
 def _buckets(
