@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tritonhybrid.long_rope import LongRope
 from tritonhybrid.scheduler import PrefillGroup
 from tritonhybrid.sequence import Sequence
 
@@ -18,6 +19,8 @@ class Batch:
     Args:
         input_ids: [T] int64.
         positions: [T] int64, each token's index in its own sequence.
+        rope_rows: [T] int64, each token's row in the rope table: the positions themselves,
+            unless longrope has two tables.
         slot_mapping: [T] int64, where its key and value go (page * S + offset).
         block_table: [B, MB] int32, pages of each sequence; the tail is arbitrary.
         cu_seqlens_q: [B + 1] int32, where each sequence's tokens begin.
@@ -30,6 +33,7 @@ class Batch:
 
     input_ids: torch.Tensor
     positions: torch.Tensor
+    rope_rows: torch.Tensor
     slot_mapping: torch.Tensor
     block_table: torch.Tensor
     cu_seqlens_q: torch.Tensor
@@ -40,7 +44,12 @@ class Batch:
     next_positions: torch.Tensor
 
 
-def prefill_batch(groups: Sized[PrefillGroup], block_size: int, device: torch.device) -> Batch:
+def prefill_batch(
+    groups: Sized[PrefillGroup],
+    block_size: int,
+    device: torch.device,
+    long_rope: LongRope | None = None,
+) -> Batch:
     """Pack the whole history of each group's leader."""
     leaders = [group.leader for group in groups]
     ids: list[int] = []
@@ -56,9 +65,15 @@ def prefill_batch(groups: Sized[PrefillGroup], block_size: int, device: torch.de
     width = max(len(leader.block_table) for leader in leaders)
     tables = [leader.block_table + [0] * (width - len(leader.block_table)) for leader in leaders]
     lengths = [len(leader) for leader in leaders]
+    position_ids = torch.tensor(positions, device=device)
+    rope_rows = position_ids
+    if long_rope is not None:
+        rows = [long_rope.row(leader, p) for leader in leaders for p in range(len(leader))]
+        rope_rows = torch.tensor(rows, device=device)
     return Batch(
         input_ids=torch.tensor(ids, device=device),
-        positions=torch.tensor(positions, device=device),
+        positions=position_ids,
+        rope_rows=rope_rows,
         slot_mapping=torch.tensor(slots, device=device),
         block_table=torch.tensor(tables, dtype=torch.int32, device=device),
         cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32, device=device),
@@ -85,14 +100,22 @@ class DecodeBuffers:
         max_blocks: Most pages a sequence can have.
         block_size: Tokens a page holds.
         device: Where the model computes.
+        long_rope: The rule of a model with two rope tables.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device
+        self,
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+        long_rope: LongRope | None = None,
     ) -> None:
         self.block_size = block_size
+        self._long_rope = long_rope
         # All 64-bit inputs are rows of one tensor: one upload a step.
-        self._token_inputs = torch.zeros(4, max_num_seqs, dtype=torch.int64, device=device)
+        num_inputs = 4 if long_rope is None else 5
+        self._token_inputs = torch.zeros(num_inputs, max_num_seqs, dtype=torch.int64, device=device)
         self._context_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._block_table = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self._cu_seqlens = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
@@ -112,6 +135,9 @@ class DecodeBuffers:
             ],
             [position + 1 for position in positions],
         ]
+        if self._long_rope is not None:
+            pairs = zip(sequences, positions, strict=True)
+            inputs.append([self._long_rope.row(sequence, position) for sequence, position in pairs])
         self._token_inputs[:, :count] = torch.tensor(inputs)
         self._context_lens[:count] = torch.tensor(inputs[3], dtype=torch.int32)
         for row, sequence in enumerate(sequences):
@@ -122,6 +148,7 @@ class DecodeBuffers:
         return Batch(
             input_ids=self._token_inputs[0, :count],
             positions=self._token_inputs[1, :count],
+            rope_rows=self._token_inputs[1 if self._long_rope is None else 4, :count],
             slot_mapping=self._token_inputs[2, :count],
             block_table=self._block_table[:count],
             cu_seqlens_q=self._cu_seqlens[: count + 1],

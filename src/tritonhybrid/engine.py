@@ -137,7 +137,13 @@ class HybridEngine(_Base):
                     seed=0,
                     attention_mask=mask,
                 )
-                theirs = generation.run(sequences, call.collective, call.stats, hf_decoding)
+                theirs = generation.run(
+                    sequences,
+                    call.collective,
+                    call.stats,
+                    hf_decoding,
+                    is_padded=mask is not None and not bool(mask.all()),
+                )
                 call.count(sequences)
                 return theirs if theirs is not None else [s.output for s in sequences]
 

@@ -21,9 +21,11 @@ from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts, 
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import count_paths, fingerprint, plan_layers, unsuited
 from tritonhybrid.containers.probe import Verdict, probe
+from tritonhybrid.containers.rope import long_rope
 from tritonhybrid.errors import CacheExhaustedError, ConfigError, KernelArgumentError, explain
 from tritonhybrid.hf_loop import refusing_lost_prefix, run_hf_loop
 from tritonhybrid.kv_cache import LayerGeometry, PagedKVCache, bytes_per_block
+from tritonhybrid.long_rope import LongRope
 from tritonhybrid.runner import Runner
 from tritonhybrid.scheduler import Scheduler
 from tritonhybrid.sequence import Sequence
@@ -110,6 +112,8 @@ class Generation:
         call: CollectiveCall,
         stats: RolloutStats,
         hf_decoding: Callable[[], Any] | None = None,
+        *,
+        is_padded: bool = False,
     ) -> Any:
         """Sample every sequence to its end; they are filled in place.
 
@@ -119,6 +123,7 @@ class Generation:
             stats: Filled in place.
             hf_decoding: Runs in place of our sampling where HF's own loop must serve the
                 model; the sequences then stay as they are.
+            is_padded: Whether the prompts are rows of one padded batch, served as such.
 
         Returns:
             What ``hf_decoding`` returned, if it ran; else None.
@@ -146,7 +151,9 @@ class Generation:
                     "called in training mode: dropout is off and gradient checkpointing inert "
                     "for the call; modes were put back",
                 )
-            return self._serve(parts, sequences, stats, hf_decoding) if sequences else None
+            if not sequences:
+                return None
+            return self._serve(parts, sequences, stats, hf_decoding, is_padded=is_padded)
 
     def run_hf_decoding(
         self, reason: str, decode: Callable[[], Any], call: CollectiveCall, stats: RolloutStats
@@ -188,10 +195,13 @@ class Generation:
         sequences: Sized[Sequence],
         stats: RolloutStats,
         hf_decoding: Callable[[], Any] | None,
+        *,
+        is_padded: bool,
     ) -> Any:
         max_length = max(sequence.max_length for sequence in sequences)
         start = time.perf_counter()
-        verdict, reason = self._judge(parts, max_length)
+        shortest = min(len(s.prompt) for s in sequences) if is_padded else None
+        verdict, reason = self._judge(parts, max_length, shortest)
         stats.bind_s = time.perf_counter() - start
         stats.backend = self.ops().backend
         if parts is None or verdict is None or not verdict.is_native:
@@ -209,11 +219,13 @@ class Generation:
         self._serve_natively(parts, verdict, sequences, max_length, stats)
         return None
 
-    def _judge(self, parts: ModelParts | None, max_length: int) -> tuple[Verdict | None, str]:
+    def _judge(
+        self, parts: ModelParts | None, max_length: int, shortest: int | None
+    ) -> tuple[Verdict | None, str]:
         """The probe's verdict on the model as it is now; asked once a structure."""
         if parts is None:
             return None, "it is not built around a list of decoder layers"
-        reason = unsuited(parts, max_length)
+        reason = unsuited(parts, max_length, shortest)
         if reason is not None:
             return None, reason
         plans = plan_layers(parts)
@@ -235,12 +247,14 @@ class Generation:
         stats: RolloutStats,
     ) -> None:
         start = time.perf_counter()
-        cache, blocks = self._cache_for(verdict.geometry, sequences)
+        rope = long_rope(parts, max_length)
+        cache, blocks = self._cache_for(verdict.geometry, sequences, rope)
         stats.kv_bytes = cache.num_bytes
         scheduler = Scheduler(
             blocks,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
+            recompute_at=rope.recompute_at if rope is not None else None,
         )
         binding = Binding(
             parts,
@@ -248,6 +262,7 @@ class Generation:
             self.ops(),
             cache,
             max_length=max_length,
+            long_rope=rope,
             returns_tuple=verdict.returns_tuple,
         )
         stats.path = "fused" if binding.is_fused else "generic"
@@ -260,6 +275,7 @@ class Generation:
                     max_num_seqs=min(self.config.max_num_seqs, len(sequences)),
                     max_blocks=blocks.blocks_for(max_length),
                     device=self.device,
+                    long_rope=rope,
                     around_decode=self.around_decode,
                 )
                 stats.bind_s += time.perf_counter() - start
@@ -272,6 +288,12 @@ class Generation:
             raise
         blocks.check_integrity([])
         stats.preemptions = scheduler.preemptions
+        if rope is not None and any(rope.changed_under(s) and s.logprobs for s in sequences):
+            self._announce(
+                stats,
+                f"a sequence outgrew longrope's {rope.original} positions while it was sampled; as "
+                "in HF's generate its log-probabilities are not those of one forward over it all",
+            )
 
     def _loop(self, scheduler: Scheduler, runner: Runner, stats: RolloutStats) -> None:
         while scheduler.has_work:
@@ -307,7 +329,7 @@ class Generation:
             sequence.text = text[: min(found)]
 
     def _cache_for(
-        self, geometry: Sized[LayerGeometry], sequences: Sized[Sequence]
+        self, geometry: Sized[LayerGeometry], sequences: Sized[Sequence], rope: LongRope | None
     ) -> tuple[PagedKVCache, BlockManager]:
         """The kept cache if it is large enough, else a new one within the budget."""
         size = self.config.block_size
@@ -327,7 +349,7 @@ class Generation:
                     hint="Raise kv_cache_bytes or lower block_size.",
                 )
             )
-        wanted = min(most, _blocks_wanted(sequences, block_size, self.config.max_num_seqs))
+        wanted = min(most, _blocks_wanted(sequences, block_size, self.config.max_num_seqs, rope))
         if self.cache is None or not self.cache.fits(geometry, wanted, block_size):
             self.cache = None
             self.cache = PagedKVCache(geometry, wanted, block_size, dtype, self.device)
@@ -343,13 +365,18 @@ class Generation:
             logger.warning("tritonhybrid: %s", text)
 
 
-def _blocks_wanted(sequences: Sized[Sequence], block_size: int, max_num_seqs: int) -> int:
+def _blocks_wanted(
+    sequences: Sized[Sequence], block_size: int, max_num_seqs: int, rope: LongRope | None
+) -> int:
     """Pages with which no sequence in flight ever waits: prompts shared, tails own."""
     seen: set[int] = set()
     needs = []
     for sequence in sequences:
         total = -(-sequence.max_length // block_size)
         shared = len(sequence.prompt) // block_size
+        if rope is not None and rope.starts_anew:
+            # What a sequence recomputes is its own.
+            shared = 0
         # One page more: the copy of a shared last page exists beside the original.
         needs.append(total - shared + 1 if sequence.prompt_key in seen else total + 1)
         seen.add(sequence.prompt_key)

@@ -10,6 +10,7 @@ import torch
 from tritonhybrid.batch import Batch, DecodeBuffers, prefill_batch
 from tritonhybrid.containers.binding import Binding
 from tritonhybrid.kv_cache import PagedKVCache
+from tritonhybrid.long_rope import LongRope
 from tritonhybrid.sampler import Drawn, HeadCalls, Sampled, Sampler
 from tritonhybrid.scheduler import Step
 from tritonhybrid.sequence import Sequence
@@ -24,6 +25,7 @@ class Runner:
         max_num_seqs: Most rows of a decode step.
         max_blocks: Most pages of a sequence.
         device: Where the model computes.
+        long_rope: The rule by which sequences change rope tables, if any grows so long.
         around_decode: Entered around the device's part of each decode step, by
             whoever records or profiles it.
     """
@@ -36,13 +38,15 @@ class Runner:
         max_num_seqs: int,
         max_blocks: int,
         device: torch.device,
+        long_rope: LongRope | None = None,
         around_decode: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._binding = binding
         self._cache = cache
         self._device = device
+        self._long_rope = long_rope
         self._around_decode = around_decode
-        self._buffers = DecodeBuffers(max_num_seqs, max_blocks, cache.block_size, device)
+        self._buffers = DecodeBuffers(max_num_seqs, max_blocks, cache.block_size, device, long_rope)
         head = binding.head
         self.sampler = Sampler(
             binding.step.ops,
@@ -70,7 +74,8 @@ class Runner:
             with self._around_decode():
                 drawn = self._decode(batch)
             return step.decode, self.sampler.collect(drawn, step.decode)
-        batch = prefill_batch(step.prefill, self._cache.block_size, self._device)
+        size = self._cache.block_size
+        batch = prefill_batch(step.prefill, size, self._device, self._long_rope)
         hidden = self._binding.forward(batch)[batch.last_rows]
         sequences = [member for group in step.prefill for member in group.members]
         rows = None

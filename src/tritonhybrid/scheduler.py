@@ -46,14 +46,21 @@ class Scheduler:
         blocks: The cache's pages.
         max_num_seqs: Most sequences in flight.
         max_num_batched_tokens: Most tokens in a prompt step; a longer prompt runs alone.
+        recompute_at: Length at which the pages of a sequence are void and it is recomputed.
     """
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        recompute_at: int | None = None,
     ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.recompute_at = recompute_at
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -87,6 +94,7 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Choose the next step and give its sequences their pages."""
+        self._set_back_outgrown()
         if self._is_time_to_refill():
             groups = self._admit()
             if groups:
@@ -108,6 +116,17 @@ class Scheduler:
             self.blocks.free(sequence.block_table)
         self.waiting.clear()
         self.running.clear()
+
+    def _set_back_outgrown(self) -> None:
+        """Free the void pages of running sequences, and queue these first, in their order."""
+        if self.recompute_at is None:
+            return
+        outgrown = [s for s in self.running if len(s) == self.recompute_at]
+        if outgrown:
+            self.running = [s for s in self.running if len(s) != self.recompute_at]
+            for sequence in reversed(outgrown):
+                self.blocks.free(sequence.block_table)
+                self.waiting.appendleft(sequence)
 
     def _is_time_to_refill(self) -> bool:
         if not self.waiting:

@@ -8,29 +8,13 @@ import pytest
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 from family_zoo import FAMILIES, TABLE, build, table
+from hf_reference import hf_alone, prompts
 from transformers import LlamaForCausalLM
 
 from tritonhybrid.sampling_params import SamplingParams
 from tritonhybrid.testing import check_family, hold
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in lengths]
-
-
-def hf_alone(model, prompt: list[int], max_new_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
 
 
 def train_a_step(engine: Any) -> None:
@@ -110,31 +94,6 @@ def test_dynamic_ntk_rope_goes_to_hugging_faces_loop():
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     report = check_family(build("llama", rope_parameters=rope), path="hf", max_new_tokens=8)
     assert "dynamic NTK" in report.notes[0]
-
-
-def longrope() -> dict:
-    return {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0, 1.1, 1.2, 1.3],
-        "long_factor": [1.0, 2.0, 4.0, 8.0],
-        "original_max_position_embeddings": 32,
-    }
-
-
-def test_longrope_is_native_while_every_sequence_fits_the_short_table():
-    model = build("phi3", rope_parameters=longrope(), original_max_position_embeddings=32)
-    check_family(model, prompts=prompts(5, 20, 17), max_new_tokens=12, path="generic")
-
-
-def test_longrope_past_the_original_length_is_served_by_hugging_faces_loop():
-    model = build("phi3", rope_parameters=longrope(), original_max_position_embeddings=32)
-    ragged = prompts(5, 28, 40)
-    out = hold(model).rollout(ragged, GREEDY)
-    assert out.stats.path == "hf"
-    assert any("longrope" in note for note in out.stats.notes)
-    tokens = [completion.token_ids for completion in out.completions]
-    assert tokens == [hf_alone(model, prompt, 12) for prompt in ragged]
 
 
 def test_a_model_on_hugging_faces_loop_says_so_in_each_call_and_logs_it_once(

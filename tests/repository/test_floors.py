@@ -17,6 +17,7 @@ PLAIN_ROOMS = (
     "block_manager",
     "config",
     "errors",
+    "long_rope",
     "noise",
     "rollout_output",
     "sampling_params",

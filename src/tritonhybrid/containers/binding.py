@@ -9,14 +9,16 @@ from typing import Any, cast
 import torch
 
 from tritonhybrid.batch import Batch
-from tritonhybrid.containers.fused import FusedLayer, RopeTable
+from tritonhybrid.containers.fused import FusedLayer
 from tritonhybrid.containers.generic import ATTENTION_NAME, BATCH_KWARG, PagedStep
 from tritonhybrid.containers.head import Head
 from tritonhybrid.containers.parts import ModelParts, cache_name, configs
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan
 from tritonhybrid.containers.projection import is_plain
+from tritonhybrid.containers.rope import RopeTable, rope_table
 from tritonhybrid.kv_cache import PagedKVCache
+from tritonhybrid.long_rope import LongRope
 from tritonhybrid_kernels.ops import Ops
 
 
@@ -31,7 +33,8 @@ class Binding:
         plans: Fused or generic, a layer each.
         ops: The operations to call.
         cache: Keys and values.
-        max_length: Longest sequence; sizes the rope tables.
+        max_length: Longest sequence; sizes the rope table.
+        long_rope: The rule by which sequences change rope tables, if any grows so long.
         returns_tuple: Whether HF's layers return tuples.
     """
 
@@ -43,6 +46,7 @@ class Binding:
         cache: PagedKVCache,
         *,
         max_length: int,
+        long_rope: LongRope | None = None,
         returns_tuple: bool = False,
     ) -> None:
         self.parts = parts
@@ -52,6 +56,7 @@ class Binding:
         self._ops = ops
         self._cache = cache
         self._max_length = max_length
+        self._long_rope = long_rope
         self._returns_tuple = returns_tuple
         self._cache_name = cache_name(parts.backbone)
         self._patches = Patches()
@@ -64,9 +69,12 @@ class Binding:
     def __enter__(self) -> Binding:
         """Bind; undone at once if a layer can't be."""
         try:
-            self._bind_layers()
+            rope = self._rope_table()
+            self._bind_layers(rope)
             if self.is_fused:
                 self._bind_surroundings()
+            elif self._long_rope is not None:
+                self._bind_rotary(rope)
             if any(plan.path == "generic" for plan in self.plans):
                 self._bind_attention()
         except BaseException:
@@ -106,13 +114,12 @@ class Binding:
         """The container bound in layer ``index`` (which is planned fused)."""
         return self._containers[index]
 
-    def _bind_layers(self) -> None:
-        rope = None
+    def _bind_layers(self, rope: RopeTable | None) -> None:
         self._containers: dict[int, FusedLayer] = {}
         for plan, layer in zip(self.plans, self.parts.layers, strict=True):
             if plan.description is None:
                 continue
-            rope = rope or self._rope_table()
+            assert rope is not None, "a described layer rotates by the model's rotary module"
             container = FusedLayer(
                 layer, plan.description, plan.layer, self._ops, self._cache, rope
             )
@@ -149,6 +156,21 @@ class Binding:
         if self.parts.rotary is not None and is_plain(self.parts.rotary):
             self._patches.set(self.parts.rotary, "forward", lambda *args, **kwargs: (None, None))
 
+    def _bind_rotary(self, rope: RopeTable | None) -> None:
+        """Each token's own row in place of one table for the whole step."""
+        assert rope is not None and self.parts.rotary is not None
+        step = self.step
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            assert step.batch is not None
+            rows = step.batch.rope_rows
+            return (
+                rope.cos.index_select(0, rows).unsqueeze(0),
+                rope.sin.index_select(0, rows).unsqueeze(0),
+            )
+
+        self._patches.set(self.parts.rotary, "forward", forward)
+
     def _bind_attention(self) -> None:
         """Point HF's layers at our attention; it finds the step on its own module."""
         for config in configs(self.parts.model):
@@ -159,11 +181,15 @@ class Binding:
                     if isinstance(getattr(module, "layer_idx", None), int):
                         self._patches.set(module, BATCH_KWARG, self.step)
 
-    def _rope_table(self) -> RopeTable:
-        rotary: Any = self.parts.rotary
-        assert rotary is not None, "a described layer rotates by the model's rotary module"
-        device = self.parts.device
-        positions = torch.arange(self._max_length, device=device).unsqueeze(0)
-        probe = torch.empty(1, 1, 1, dtype=self._cache.keys[0].dtype, device=device)
-        cos, sin = rotary(probe, position_ids=positions)
-        return RopeTable(cos[0].contiguous(), sin[0].contiguous())
+    def _rope_table(self) -> RopeTable | None:
+        """Rows for every position, where our side does the rotating or says how."""
+        if self._long_rope is None and all(plan.path == "generic" for plan in self.plans):
+            return None
+        assert self.parts.rotary is not None
+        return rope_table(
+            self.parts.rotary,
+            self._max_length,
+            self._long_rope,
+            dtype=self._cache.keys[0].dtype,
+            device=self.parts.device,
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -13,16 +12,9 @@ from torch import nn
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.description import LayerDescription
 from tritonhybrid.containers.projection import Projection, is_plain
+from tritonhybrid.containers.rope import RopeTable
 from tritonhybrid.kv_cache import PagedKVCache
 from tritonhybrid_kernels.ops import Ops
-
-
-@dataclass(frozen=True)
-class RopeTable:
-    """Cosines and sines of every position, ``[P, R]``, as the model's own module gives them."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class FusedLayer:
@@ -37,7 +29,7 @@ class FusedLayer:
         index: Which layer of the cache is its own.
         ops: The operations to call.
         cache: Keys and values.
-        rope: Position tables.
+        rope: Rows for every position.
     """
 
     def __init__(
@@ -98,7 +90,7 @@ class FusedLayer:
             v.view(num_tokens, d.num_kv_heads, d.head_dim),
             self.rope.cos,
             self.rope.sin,
-            batch.positions,
+            batch.rope_rows,
             batch.slot_mapping,
             self.keys,
             self.values,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from tritonhybrid.containers.description import LayerDescription, NotDescribableError, describe
 from tritonhybrid.containers.fused import obstacle
 from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts
+from tritonhybrid.containers.rope import long_rope, rope_types
 
 Path = Literal["fused", "generic", "hf"]
 
@@ -64,20 +65,23 @@ def describe_model(model: nn.Module) -> list[LayerPlan]:
     return plan_layers(parts)
 
 
-def unsuited(parts: ModelParts, max_length: int | None) -> str | None:
+def unsuited(parts: ModelParts, max_length: int | None, shortest: int | None = None) -> str | None:
     """Why a model must go to HF's loop, or None.
 
     Args:
         parts: The model.
         max_length: Longest sequence of the call; None asks for the model as such.
+        shortest: Length of the shortest prompt, where HF would pad the prompts to one batch.
     """
-    kinds = _rope_types(getattr(parts.config, "rope_parameters", None))
-    if "dynamic" in kinds:
+    if "dynamic" in rope_types(parts):
         return "dynamic NTK rope changes with the batch's longest sequence"
-    if "longrope" in kinds and max_length is not None:
-        original = _original_length(parts.config)
-        if original is None or max_length > original:
-            return f"longrope changes its table past {original} positions"
+    if max_length is not None:
+        try:
+            rope = long_rope(parts, max_length)
+        except NotDescribableError as error:
+            return f"longrope changes its table, and {error}"
+        if rope is not None and shortest is not None and shortest <= rope.original:
+            return "longrope's table follows the longest row of a padded batch"
     if getattr(parts.outer, "active_peft_config", None) is not None and getattr(
         parts.outer.active_peft_config, "is_prompt_learning", False
     ):
@@ -108,20 +112,3 @@ def _plan_layer(index: int, layer: nn.Module) -> LayerPlan:
     if reason is not None:
         return LayerPlan(index, "generic", reason)
     return LayerPlan(index, "fused", f"{type(layer).__name__} is described", description)
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    if not isinstance(parameters, dict):
-        return set()
-    kinds = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
-    for value in parameters.values():
-        kinds |= _rope_types(value)
-    return kinds
-
-
-def _original_length(config: Any) -> int | None:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    value = parameters.get("original_max_position_embeddings") or getattr(
-        config, "original_max_position_embeddings", None
-    )
-    return int(value) if value else None

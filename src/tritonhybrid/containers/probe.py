@@ -7,6 +7,7 @@ goes to the next path: fused, generic, HF's own loop.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,13 @@ from torch import nn
 
 from tritonhybrid.batch import DecodeBuffers, prefill_batch
 from tritonhybrid.containers.binding import Binding
+from tritonhybrid.containers.description import NotDescribableError
 from tritonhybrid.containers.parts import ModelParts, cache_name, configs
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan, plan_layers
+from tritonhybrid.containers.rope import long_rope, short_original
 from tritonhybrid.kv_cache import LayerGeometry, PagedKVCache
+from tritonhybrid.long_rope import LongRope
 from tritonhybrid.sampling_params import SamplingParams
 from tritonhybrid.scheduler import PrefillGroup
 from tritonhybrid.sequence import Sequence
@@ -31,6 +35,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _LENGTHS = (7, 4)
 _BLOCK_SIZE = 16
 _SHORT_WINDOW = 3
+_SHORT_ROPE = 5
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops) -> Verdict:
     Returns:
         The verdict; its plans are empty if only HF's own loop is right.
     """
-    with _short_windows(parts):
-        verdict = _probe(parts, plan_layers(parts), ops)
+    with _short_windows(parts), _short_rope(parts) as rope:
+        verdict = _probe(parts, plan_layers(parts), ops, rope)
     if not verdict.is_native:
         return verdict
     # A layer that passed is bound by its description with the true window.
@@ -112,7 +117,22 @@ def _short_windows(parts: ModelParts) -> Iterator[None]:
         patches.undo()
 
 
-def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops) -> Verdict:
+@contextmanager
+def _short_rope(parts: ModelParts) -> Iterator[LongRope | None]:
+    """Longrope whose short table one of the probe's prompts fits and the other does not."""
+    try:
+        rope = long_rope(parts, sys.maxsize)
+    except NotDescribableError:
+        # Only what fits the short table will be served here.
+        rope = None
+    if rope is None:
+        yield None
+        return
+    with short_original(parts, _SHORT_ROPE):
+        yield replace(rope, original=_SHORT_ROPE)
+
+
+def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope | None) -> Verdict:
     notes: list[str] = []
     try:
         reference = _run_reference(parts)
@@ -122,7 +142,7 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops) -> Verdict:
         # Nothing can be held against it; better weights may come with the next step.
         verdict = _to_hf("HF's own forward gives values that are not finite")
         return replace(verdict, is_lasting=False)
-    trial = _Trial(parts, ops, reference)
+    trial = _Trial(parts, ops, reference, rope)
     if any(plan.path == "fused" for plan in plans):
         plans = _check_layers(trial, plans, notes)
     for attempt in (plans, _all_generic(plans)):
@@ -178,10 +198,13 @@ def _check_model(trial: _Trial, plans: list[LayerPlan]) -> str | None:
 class _Trial:
     """Runs candidate plans on the probe's prompts."""
 
-    def __init__(self, parts: ModelParts, ops: Ops, reference: _Reference) -> None:
+    def __init__(
+        self, parts: ModelParts, ops: Ops, reference: _Reference, rope: LongRope | None
+    ) -> None:
         self.parts = parts
         self.ops = ops
         self.reference = reference
+        self.long_rope = rope
         self.dtype = reference.hidden.dtype
         self.device = reference.hidden.device
         self.tolerance = _TOLERANCE[self.dtype]
@@ -192,7 +215,7 @@ class _Trial:
         """Distance of each fused layer's contribution from HF's."""
         errors = {}
         with self._bind(plans) as binding:
-            batch = prefill_batch(self._groups(0), _BLOCK_SIZE, self.device)
+            batch = prefill_batch(self._groups(0), _BLOCK_SIZE, self.device, self.long_rope)
             for plan in plans:
                 if plan.path == "fused":
                     x = self.reference.layer_inputs[plan.layer]
@@ -205,11 +228,12 @@ class _Trial:
         """Prefill all but the last token, decode it; hidden rows in packed order."""
         with self._bind(plans) as binding:
             groups = self._groups(1)
-            first = binding.forward(prefill_batch(groups, _BLOCK_SIZE, self.device))
+            batch = prefill_batch(groups, _BLOCK_SIZE, self.device, self.long_rope)
+            first = binding.forward(batch)
             leaders = [group.leader for group in groups]
             for sequence, tokens in zip(leaders, self.reference.tokens, strict=True):
                 sequence.append(tokens[-1], 0.0, 0.0)
-            buffers = DecodeBuffers(len(leaders), 1, _BLOCK_SIZE, self.device)
+            buffers = DecodeBuffers(len(leaders), 1, _BLOCK_SIZE, self.device, self.long_rope)
             last = binding.forward(buffers.fill(leaders))
             counts = (binding.step.num_attentions, binding.step.num_updates)
             rows = []
@@ -229,6 +253,7 @@ class _Trial:
             self.ops,
             cache,
             max_length=max(_LENGTHS),
+            long_rope=self.long_rope,
             returns_tuple=self.reference.returns_tuple,
         )
 
