@@ -191,6 +191,25 @@ def test_a_rollout_that_raises_leaves_no_attribute_behind(name: str):
     check_family(model, max_new_tokens=4)
 
 
+def test_layers_whose_rotary_module_is_not_found_are_served_by_their_own_code():
+    model = build("llama")
+
+    class Hidden(type(model.model)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.__dict__["rotary_emb"] = self.turn
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                del self.__dict__["rotary_emb"]
+
+    model.model.turn = model.model._modules.pop("rotary_emb")
+    model.model.__class__ = Hidden
+    report = check_family(model, max_new_tokens=8, path="generic")
+    assert list(report.layer_paths) == [
+        "generic: the model has no rotary module that its layers share"
+    ]
+
+
 def toy_layer(name: str) -> type[nn.Module]:
     """A decoder layer class with a name of its own, built and computed like Llama's."""
     return type(name, (LlamaDecoderLayer,), {"__module__": __name__})

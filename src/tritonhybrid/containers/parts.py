@@ -108,9 +108,15 @@ def cache_name(module: nn.Module) -> str:
     """What a module's forward and its output call the key-value cache.
 
     transformers 5.24 renamed ``past_key_values`` to ``cache`` in its own models; a model's
-    remote code may lag behind.
+    remote code may lag behind. A forward that only hands its arguments on says neither.
     """
-    return "cache" if "cache" in signature(module.forward).parameters else "past_key_values"
+    for owner in type(module).__mro__:
+        forward = vars(owner).get("forward")
+        named = signature(forward).parameters if callable(forward) else ()
+        for name in ("cache", "past_key_values"):
+            if name in named:
+                return name
+    return "past_key_values"
 
 
 def configs(model: nn.Module) -> list[Any]:

@@ -40,7 +40,11 @@ class LayerPlan:
 
 def plan_layers(parts: ModelParts) -> list[LayerPlan]:
     """Choose fused or generic for each layer from its structure alone."""
-    return [_plan_layer(index, layer) for index, layer in enumerate(parts.layers)]
+    plans = [_plan_layer(index, layer) for index, layer in enumerate(parts.layers)]
+    if parts.rotary is not None:
+        return plans
+    reason = "the model has no rotary module that its layers share"
+    return [plan.demoted("generic", reason) if plan.path == "fused" else plan for plan in plans]
 
 
 def describe_model(model: nn.Module) -> list[LayerPlan]:
