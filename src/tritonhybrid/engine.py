@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Sized
@@ -17,7 +16,7 @@ from torch import nn
 from tritonhybrid.config import HybridConfig, resolve
 from tritonhybrid.containers.parts import causal_model, own_generate
 from tritonhybrid.engine_compat import SeedSurface
-from tritonhybrid.engine_state import EngineState
+from tritonhybrid.engine_state import EngineState, world_size
 from tritonhybrid.errors import EngineStateError, explain
 from tritonhybrid.generation import Generation
 from tritonhybrid.hf_generate import serve_generate
@@ -25,7 +24,6 @@ from tritonhybrid.requests import Limits, Prompts, build_sequences, completions
 from tritonhybrid.rollout_output import RolloutOutput
 from tritonhybrid.sampling_params import SamplingParams
 from tritonhybrid.stats import LatencyReport, RolloutStats
-from tritonhybrid.weights.agreement import CollectiveCall
 from tritonhybrid.weights.source import WeightSource
 
 if TYPE_CHECKING:
@@ -81,7 +79,7 @@ class HybridEngine(_Base):
             RankFailureError: Another rank failed.
         """
         state = _state(self)
-        with _Call(self, state) as call:
+        with state.call() as call:
             sequences = build_sequences(
                 prompts,
                 sampling if sampling is not None else SamplingParams(),
@@ -90,7 +88,7 @@ class HybridEngine(_Base):
                 uids=uids,
                 attention_mask=attention_mask,
             )
-            state.generation.run(sequences, call.collective, call.stats)
+            state.generation.run(sequences, call)
             call.count(sequences)
         done = completions(sequences, state.generation.tokenizer)
         return RolloutOutput(completions=done, stats=call.stats)
@@ -122,7 +120,7 @@ class HybridEngine(_Base):
         own = state.had_generate
         original = own if own is not None else own_generate(module)
 
-        with _Call(self, state) as call:
+        with state.call() as call:
 
             def native(
                 input_ids: torch.Tensor,
@@ -139,8 +137,7 @@ class HybridEngine(_Base):
                 )
                 theirs = generation.run(
                     sequences,
-                    call.collective,
-                    call.stats,
+                    call,
                     hf_decoding,
                     is_padded=mask is not None and not bool(mask.all()),
                 )
@@ -148,7 +145,7 @@ class HybridEngine(_Base):
                 return theirs if theirs is not None else [s.output for s in sequences]
 
             def fallback(reason: str, decode: Any) -> Any:
-                return generation.run_hf_decoding(reason, decode, call.collective, call.stats)
+                return generation.run_hf_decoding(reason, decode, call)
 
             return serve_generate(original, inputs, kwargs, native, fallback)
 
@@ -301,51 +298,6 @@ class ServedGenerate:
         return own_generate(self.module)(*inputs, **kwargs)
 
 
-class _Call:
-    """One rollout or generate call: times it, forbids nesting, meets the other ranks."""
-
-    def __init__(self, engine: Any, state: EngineState) -> None:
-        if state.is_busy:
-            raise EngineStateError(
-                explain(
-                    "Calls of one engine don't nest",
-                    expected="no rollout or generate under way",
-                    got="a call from inside another (or from a second thread)",
-                    hint="Wait until the first has returned.",
-                )
-            )
-        self._state = state
-        self._samples = 0
-        self.stats = RolloutStats()
-        self.seed = state.next_seed()
-        self.collective = CollectiveCall(state.generation.source.agreement)
-
-    def __enter__(self) -> _Call:
-        self._state.is_busy = True
-        self._start = time.perf_counter()
-        self.collective.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        state = self._state
-        state.is_busy = False
-        try:
-            self.collective.__exit__(*error)
-        finally:
-            if state.config.release_inference_cache:
-                state.generation.release()
-            self.stats.total_s = time.perf_counter() - self._start
-            state.stats = self.stats
-            state.clock.on_call(self.stats, self._samples * _world_size())
-
-    def count(self, sequences: Sized[Any]) -> None:
-        """Count the call's tokens."""
-        self._samples = len(sequences)
-        firsts = {s.prompt_index: len(s.prompt) for s in sequences}
-        self.stats.prompt_tokens = sum(firsts.values())
-        self.stats.completion_tokens = sum(len(s.output) for s in sequences)
-
-
 def _state(engine: Any) -> EngineState:
     state: EngineState | None = engine.__dict__.get(_STATE)
     if state is None:
@@ -412,7 +364,7 @@ def _limits(engine: Any, state: EngineState) -> Limits:
 def _first_seed() -> int:
     """Start of the private seed counter: rank 0's initial seed, on every rank."""
     seed = torch.initial_seed() & (2**62 - 1)
-    if _world_size() > 1:
+    if world_size() > 1:
         shared = [seed]
         dist.broadcast_object_list(shared, src=0)
         seed = shared[0]
@@ -421,7 +373,3 @@ def _first_seed() -> int:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from tritonhybrid.block_manager import BlockManager
+from tritonhybrid.call import Call
 from tritonhybrid.config import HybridConfig
 from tritonhybrid.containers.binding import Binding
 from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts, own_generate
@@ -30,7 +32,6 @@ from tritonhybrid.runner import Runner
 from tritonhybrid.scheduler import Scheduler
 from tritonhybrid.sequence import Sequence
 from tritonhybrid.stats import RolloutStats
-from tritonhybrid.weights.agreement import CollectiveCall
 from tritonhybrid.weights.source import WeightSource
 from tritonhybrid_kernels.launch import is_interpreted
 from tritonhybrid_kernels.ops import Ops, select_ops
@@ -109,8 +110,7 @@ class Generation:
     def run(
         self,
         sequences: Sized[Sequence],
-        call: CollectiveCall,
-        stats: RolloutStats,
+        call: Call,
         hf_decoding: Callable[[], Any] | None = None,
         *,
         is_padded: bool = False,
@@ -119,8 +119,7 @@ class Generation:
 
         Args:
             sequences: Checked already; may be empty where other ranks have some.
-            call: Every rank's call; the ranks meet before and after the weights are gathered.
-            stats: Filled in place.
+            call: Its stats are filled; its ranks meet before and after the weights are gathered.
             hf_decoding: Runs in place of our sampling where HF's own loop must serve the
                 model; the sequences then stay as they are.
             is_padded: Whether the prompts are rows of one padded batch, served as such.
@@ -135,7 +134,9 @@ class Generation:
         """
         parts = find_parts(self.module)
         layers = parts.layers if parts else ()
-        with self.source.materialised(layers, call.meet) as weights:
+        stats = call.stats
+        with self.source.materialised(layers, call.collective.meet) as weights:
+            call.interrupts.deliver()
             stats.strategy = weights.strategy
             stats.gather_s = weights.gather_s
             stats.gather_bytes = weights.gather_bytes
@@ -153,39 +154,38 @@ class Generation:
                 )
             if not sequences:
                 return None
-            return self._serve(parts, sequences, stats, hf_decoding, is_padded=is_padded)
+            return self._serve(parts, sequences, call, hf_decoding, is_padded=is_padded)
 
-    def run_hf_decoding(
-        self, reason: str, decode: Callable[[], Any], call: CollectiveCall, stats: RolloutStats
-    ) -> Any:
+    def run_hf_decoding(self, reason: str, decode: Callable[[], Any], call: Call) -> Any:
         """Run one of HF's own decodings over whole weights.
 
         Args:
             reason: What our loop doesn't serve.
             decode: HF's decoding, arguments bound.
-            call: Every rank's call; the ranks meet before and after the weights are gathered.
-            stats: Filled in place.
+            call: Its stats are filled; its ranks meet before and after the weights are gathered.
 
         Returns:
             What ``decode`` returns.
         """
         parts = find_parts(self.module)
         layers = parts.layers if parts else ()
-        with self.source.materialised(layers, call.meet) as weights:
+        stats = call.stats
+        with self.source.materialised(layers, call.collective.meet) as weights:
+            call.interrupts.deliver()
             stats.strategy, stats.gather_s = weights.strategy, weights.gather_s
             stats.gather_bytes = weights.gather_bytes
             stats.extra_weight_bytes = weights.extra_bytes
             stats.path, stats.backend, stats.sampler = "hf", "torch", "hf"
             self._announce(stats, f"HF's own decoding serves this call: {reason}")
-            return self._with_hf_generate(decode)
+            return self._with_hf_generate(decode, call)
 
-    def _with_hf_generate(self, decode: Callable[[], Any]) -> Any:
+    def _with_hf_generate(self, decode: Callable[[], Any], call: Call) -> Any:
         """Decode while the module's generate is HF's: assisted decodings call it again."""
         patches = Patches()
         try:
             patches.set(self.module, "generate", own_generate(self.module))
             with refusing_lost_prefix():
-                return decode()
+                return call.interrupts.let_through(decode)
         finally:
             patches.undo()
 
@@ -193,15 +193,17 @@ class Generation:
         self,
         parts: ModelParts | None,
         sequences: Sized[Sequence],
-        stats: RolloutStats,
+        call: Call,
         hf_decoding: Callable[[], Any] | None,
         *,
         is_padded: bool,
     ) -> Any:
+        stats = call.stats
         max_length = max(sequence.max_length for sequence in sequences)
         start = time.perf_counter()
         shortest = min(len(s.prompt) for s in sequences) if is_padded else None
         verdict, reason = self._judge(parts, max_length, shortest)
+        call.interrupts.deliver()
         stats.bind_s = time.perf_counter() - start
         stats.backend = self.ops().backend
         if parts is None or verdict is None or not verdict.is_native:
@@ -210,13 +212,15 @@ class Generation:
             stats.layer_paths = {f"hf: {reason}": len(parts.layers) if parts else 1}
             if hf_decoding is not None:
                 stats.sampler = "hf"
-                return self._with_hf_generate(hf_decoding)
-            run_hf_loop(self.module, sequences, self.ops(), stats, self.finish_text)
+                return self._with_hf_generate(hf_decoding, call)
+            call.interrupts.let_through(
+                partial(run_hf_loop, self.module, sequences, self.ops(), stats, self.finish_text)
+            )
             return None
         for note in verdict.notes:
             self._announce(stats, note)
         stats.layer_paths = count_paths(list(verdict.plans))
-        self._serve_natively(parts, verdict, sequences, max_length, stats)
+        self._serve_natively(parts, verdict, sequences, max_length, call)
         return None
 
     def _judge(
@@ -244,8 +248,9 @@ class Generation:
         verdict: Verdict,
         sequences: Sized[Sequence],
         max_length: int,
-        stats: RolloutStats,
+        call: Call,
     ) -> None:
+        stats = call.stats
         start = time.perf_counter()
         rope = long_rope(parts, max_length)
         cache, blocks = self._cache_for(verdict.geometry, sequences, rope)
@@ -279,7 +284,7 @@ class Generation:
                     around_decode=self.around_decode,
                 )
                 stats.bind_s += time.perf_counter() - start
-                self._loop(scheduler, runner, stats)
+                self._loop(scheduler, runner, call)
         except BaseException:
             # What a broken step left in the pages (NaN, perhaps) or half done in the tables
             # must not meet a later one.
@@ -295,11 +300,13 @@ class Generation:
                 "in HF's generate its log-probabilities are not those of one forward over it all",
             )
 
-    def _loop(self, scheduler: Scheduler, runner: Runner, stats: RolloutStats) -> None:
+    def _loop(self, scheduler: Scheduler, runner: Runner, call: Call) -> None:
+        stats = call.stats
         while scheduler.has_work:
             start = time.perf_counter()
             step = scheduler.schedule()
-            sequences, sampled = runner.execute(step)
+            # The one part that takes long; what it leaves half done is given up with the cache.
+            sequences, sampled = call.interrupts.let_through(partial(runner.execute, step))
             for row, sequence in enumerate(sequences):
                 sequence.append(
                     sampled.tokens[row], sampled.logprobs[row], sampled.raw_logprobs[row]
