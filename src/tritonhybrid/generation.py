@@ -308,11 +308,8 @@ class Generation:
             # The one part that takes long; what it leaves half done is given up with the cache.
             sequences, sampled = call.interrupts.let_through(partial(runner.execute, step))
             for row, sequence in enumerate(sequences):
-                sequence.append(
-                    sampled.tokens[row], sampled.logprobs[row], sampled.raw_logprobs[row]
-                )
-                if sequence.params.stop:
-                    self.finish_text(sequence)
+                sequence.append(*sampled.row(row))
+                self.finish_text(sequence)
             stats.peak_blocks = max(stats.peak_blocks, scheduler.blocks.num_used)
             scheduler.retire()
             seconds = time.perf_counter() - start
@@ -327,13 +324,7 @@ class Generation:
 
     def finish_text(self, sequence: Sequence) -> None:
         """End a sequence whose text holds a stop string; the text is cut before it."""
-        if not sequence.params.stop:
-            return
-        text: str = self.tokenizer.decode(sequence.output, skip_special_tokens=True)
-        found = [at for stop in sequence.params.stop if (at := text.find(stop)) >= 0]
-        if found:
-            sequence.finish_reason = "stop"
-            sequence.text = text[: min(found)]
+        sequence.notice_stop_strings(self.tokenizer)
 
     def _cache_for(
         self, geometry: Sized[LayerGeometry], sequences: Sized[Sequence], rope: LongRope | None

@@ -157,17 +157,10 @@ class _OurSampling(LogitsProcessor):
         sampled = self._sampler.sample(scores.float(), sequences, rows)
         chosen = torch.full_like(scores, float("-inf"))
         chosen[:, 0] = 0
-        for row, sequence, token, logprob, raw in zip(
-            live,
-            sequences,
-            sampled.tokens,
-            sampled.logprobs,
-            sampled.raw_logprobs,
-            strict=True,
-        ):
-            sequence.append(token, logprob, raw)
+        for index, (row, sequence) in enumerate(zip(live, sequences, strict=True)):
+            sequence.append(*sampled.row(index))
             self._finish_text(sequence)
-            chosen[row, token] = 1
+            chosen[row, sampled.tokens[index]] = 1
         return chosen
 
 

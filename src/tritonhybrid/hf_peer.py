@@ -82,6 +82,14 @@ class HfPeer:
             "stop": sampling.stop,
             "seed": sampling.seed,
             "repetition_penalty": sampling.repetition_penalty - 1.0,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "logit_bias": sampling.logit_bias,
+            "bad_words_ids": sampling.bad_words_ids,
+            "suppress_tokens": sampling.suppress_tokens,
+            "begin_suppress_tokens": sampling.begin_suppress_tokens,
+            "forced_bos_token_id": sampling.forced_bos_token_id is not None,
+            "forced_eos_token_id": sampling.forced_eos_token_id is not None,
         }
         if named := [name for name, value in untranslated.items() if value]:
             raise ConfigError(

@@ -12,7 +12,7 @@ import torch
 from tritonhybrid.errors import ConfigError, explain
 from tritonhybrid.noise import default_uid, sequence_key, signed64
 from tritonhybrid.rollout_output import Completion
-from tritonhybrid.sampling_params import SamplingParams
+from tritonhybrid.sampling_params import SamplingParams, listed
 from tritonhybrid.sequence import Sequence
 
 Prompts = Sized[Sized[int]] | Sized[torch.Tensor] | torch.Tensor
@@ -100,7 +100,8 @@ def completions(sequences: Iterable[Sequence], tokenizer: Any) -> list[Completio
         assert sequence.finish_reason is not None
         text = sequence.text
         if text is None and tokenizer is not None:
-            text = tokenizer.decode(sequence.output, skip_special_tokens=True)
+            skips = sequence.params.skip_special_tokens
+            text = tokenizer.decode(sequence.output, skip_special_tokens=skips)
         results.append(
             Completion(
                 prompt_index=sequence.prompt_index,
@@ -110,6 +111,8 @@ def completions(sequences: Iterable[Sequence], tokenizer: Any) -> list[Completio
                 raw_logprobs=sequence.raw_logprobs,
                 finish_reason=sequence.finish_reason,
                 text=text,
+                top_logprobs=sequence.top_logprobs,
+                entropies=sequence.entropies,
             )
         )
     return results
@@ -248,16 +251,41 @@ def _check_prompt(
             "no tokenizer",
             "Pass the tokenizer to wrap, or use stop_token_ids.",
         )
+    _check_token_settings(params, limits)
+
+
+def _check_token_settings(params: SamplingParams, limits: Limits) -> None:
+    bos = params.forced_bos_token_id
+    for name, ids in (
+        ("logit_bias", list(params.logit_bias or ())),
+        ("bad_words_ids", [token for word in params.bad_words_ids for token in word]),
+        ("suppress_tokens", params.suppress_tokens),
+        ("begin_suppress_tokens", params.begin_suppress_tokens),
+        ("forced_bos_token_id", () if bos is None else (bos,)),
+        ("forced_eos_token_id", listed(params.forced_eos_token_id)),
+    ):
+        bad = sorted(token for token in ids if not 0 <= token < limits.vocab_size)
+        if bad:
+            raise _refusal(
+                f"SamplingParams.{name} holds token ids outside the vocabulary",
+                f"0 to {limits.vocab_size - 1}",
+                bad,
+                "Check that tokenizer and model belong together.",
+            )
+    if params.top_logprobs > limits.vocab_size:
+        raise _refusal(
+            "SamplingParams.top_logprobs can't exceed the vocabulary",
+            f"<= {limits.vocab_size}",
+            params.top_logprobs,
+            "Lower top_logprobs.",
+        )
 
 
 def _ends(params: SamplingParams, limits: Limits) -> frozenset[int]:
     ends: set[int] = set(params.stop_token_ids)
     if not params.ignore_eos:
         eos = params.eos_token_id
-        if eos is None:
-            ends |= set(limits.eos_token_ids)
-        else:
-            ends |= {eos} if isinstance(eos, int) else set(eos)
+        ends |= set(limits.eos_token_ids if eos is None else listed(eos))
     bad = sorted(token for token in ends if not 0 <= token < limits.vocab_size)
     if bad:
         raise _refusal(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tritonhybrid.sequence import FinishReason
+from tritonhybrid.sequence import FinishReason, TopLogprobs
 from tritonhybrid.stats import RolloutStats
 
 
@@ -21,6 +21,10 @@ class Completion:
         raw_logprobs: The same under the unfiltered distribution at temperature 1.
         finish_reason: "stop" (EOS, stop token or string) or "length".
         text: Decoded completion, cut before a stop string; None without a tokenizer.
+        top_logprobs: For each token the ``top_logprobs`` likeliest (token id, raw
+            log-probability) at its position, best first; empty unless asked for.
+        entropies: For each token the entropy, in nats, of the unfiltered distribution at
+            temperature 1 at its position; empty unless asked for.
     """
 
     prompt_index: int
@@ -30,6 +34,8 @@ class Completion:
     raw_logprobs: list[float]
     finish_reason: FinishReason
     text: str | None = None
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

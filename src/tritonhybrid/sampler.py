@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tritonhybrid.errors import NonFiniteLogitsError
-from tritonhybrid.sampling_params import SamplingParams
-from tritonhybrid.sequence import Sequence
+from tritonhybrid.logit_rules import LogitRules
+from tritonhybrid.sequence import Sequence, TopLogprobs
 from tritonhybrid_kernels.ops import Ops
-
-_MASKED = -math.inf
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,8 @@ class HeadCalls:
     """What the sampler needs of the model's head.
 
     Args:
-        logits: [B, D] hidden states to [B, V] float32 logits.
+        logits: [B, D] hidden states to [B, V] float32 logits, which the sampler may
+            overwrite.
         weight: [V, D] where the head is a plain linear layer, else None.
         bias: [V] or None.
         scale: Factor on the logits.
@@ -38,11 +37,38 @@ class HeadCalls:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One token a row, on the host."""
+    """One token a row, on the host; the last two only for rows that ask for them."""
 
     tokens: list[int]
     logprobs: list[float]
     raw_logprobs: list[float]
+    top_logprobs: dict[int, TopLogprobs]
+    entropies: dict[int, float]
+
+    def row(self, index: int) -> tuple[int, float, float, TopLogprobs | None, float | None]:
+        """What ``Sequence.append`` takes."""
+        return (
+            self.tokens[index],
+            self.logprobs[index],
+            self.raw_logprobs[index],
+            self.top_logprobs.get(index),
+            self.entropies.get(index),
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Facts of the raw distributions of R rows, best tokens first.
+
+    Args:
+        tokens: [R, K] int64.
+        logprobs: [R, K] float32, of those tokens.
+        entropies: [R] float32, nats.
+    """
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    entropies: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +78,7 @@ class Drawn:
     tokens: torch.Tensor
     logprobs: torch.Tensor
     raw_logprobs: torch.Tensor
+    report: Report | None = None
 
 
 class Sampler:
@@ -76,6 +103,7 @@ class Sampler:
         self._head = head
         self._device = device
         self._rows: list[Sequence] = []
+        self._rules = LogitRules(device)
         self._reserve(capacity)
         self.used: set[str] = set()
 
@@ -100,56 +128,44 @@ class Sampler:
         return self.collect(self.draw(hidden, positions, rows), sequences)
 
     def prepare(self, sequences: Sized[Sequence]) -> None:
-        """Upload the per-row settings, only when the rows changed."""
-        if len(self._rows) == len(sequences) and all(
-            a is b for a, b in zip(self._rows, sequences, strict=True)
-        ):
-            return
-        count = len(sequences)
-        if count > self._keys.shape[0]:
-            self._reserve(count)
-        self._rows = list(sequences)
-        params = [s.params for s in sequences]
-        self._keys[:count] = torch.tensor([s.key for s in sequences])
-        self._uids[:count] = torch.tensor([s.uid for s in sequences])
-        self._greedy[:count] = torch.tensor([p.is_greedy for p in params])
-        self._temperature[:count] = torch.tensor([float(p.temperature) for p in params])
-        self.used |= {"argmax"} if any(p.is_greedy for p in params) else set()
-        fuses = self._ops.backend == "triton" and self._head.weight is not None
-        self._fused = [i for i, p in enumerate(params) if fuses and not p.has_filters]
-        fused = set(self._fused)
-        self._processed = [i for i in range(count) if i not in fused]
-        if any(not params[i].is_greedy for i in self._fused):
-            self.used.add("gumbel_max")
-        if any(not params[i].is_greedy for i in self._processed):
-            self.used.add("inverse_cdf")
+        """Upload the per-row settings when the rows changed, and what their last tokens change."""
+        if self._rows != list(sequences):
+            self._take_in(list(sequences))
+        if self._ruled:
+            self._rules.prepare(self._ruled)
 
     def draw(
         self, hidden: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None = None
     ) -> Drawn:
-        """Draw on the device; when every row takes the fused path nothing looks at the host.
+        """Draw on the device; nothing looks at the host.
 
         Args:
             hidden: [B', D] last hidden states.
             positions: [B] int64, index of the token to be drawn.
             rows: [B] int64, the hidden row of each sequence; None when B' = B.
         """
-        if not self._processed:
+        fused, processed = self._fused, self._processed
+        if not self._needs_logits:
             return self._draw_fused(hidden if rows is None else hidden[rows], positions, None)
-        if not self._fused:
-            return self._draw_processed(hidden, positions, rows, None)
-        if rows is None:
-            rows = torch.arange(len(self._rows), device=self._device)
+        logits = self._head.logits(hidden)
+        if rows is not None:
+            logits = logits[rows]
+        report = self._report(logits)
+        if fused is None:
+            drawn = self._draw_processed(logits, positions, None)
+            return replace(drawn, report=report)
+        if rows is not None:
+            hidden = hidden[rows]
+        if processed is None:
+            return replace(self._draw_fused(hidden, positions, None), report=report)
         tokens = torch.empty(len(self._rows), dtype=torch.int64, device=self._device)
         logprobs = torch.empty(len(self._rows), dtype=torch.float32, device=self._device)
         raw = torch.empty_like(logprobs)
-        fused = torch.tensor(self._fused, device=self._device)
-        processed = torch.tensor(self._processed, device=self._device)
         for index, part in (
-            (fused, self._draw_fused(hidden[rows[fused]], positions[fused], fused)),
+            (fused, self._draw_fused(hidden[fused], positions[fused], fused)),
             (
                 processed,
-                self._draw_processed(hidden, positions[processed], rows[processed], processed),
+                self._draw_processed(logits[processed], positions[processed], processed),
             ),
         ):
             tokens[index], logprobs[index], raw[index] = (
@@ -157,7 +173,7 @@ class Sampler:
                 part.logprobs,
                 part.raw_logprobs,
             )
-        return Drawn(tokens, logprobs, raw)
+        return Drawn(tokens, logprobs, raw, report)
 
     def collect(self, drawn: Drawn, sequences: Sized[Sequence]) -> Sampled:
         """Read what was drawn: the one host read of a step.
@@ -165,8 +181,13 @@ class Sampler:
         Raises:
             NonFiniteLogitsError: A row's logits are not finite or all masked.
         """
+        top, entropies = self._collect_report(drawn.report)
         sampled = Sampled(
-            drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.raw_logprobs.tolist()
+            drawn.tokens.tolist(),
+            drawn.logprobs.tolist(),
+            drawn.raw_logprobs.tolist(),
+            top,
+            entropies,
         )
         for row, sequence in enumerate(sequences):
             values = (sampled.logprobs[row], sampled.raw_logprobs[row])
@@ -211,27 +232,96 @@ class Sampler:
         )
 
     def _draw_processed(
-        self,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
-        rows: torch.Tensor | None,
-        index: torch.Tensor | None,
+        self, logits: torch.Tensor, positions: torch.Tensor, index: torch.Tensor | None
     ) -> Drawn:
         keys, uids, greedy, _ = self._settings(index)
-        logits = self._head.logits(hidden)
-        if rows is not None:
-            logits = logits[rows]
-        processed = process_logits(logits, [self._rows[i] for i in self._processed])
-        tokens, logprobs = self._ops.sample_logits(processed, keys, uids, positions, greedy)
-        if processed is logits:
+        ruled = self._ruled_rows
+        if not self._ruled:
+            tokens, logprobs = self._ops.sample_logits(logits, keys, uids, positions, greedy)
             return Drawn(tokens, logprobs, logprobs)
-        raw = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
-        # Greedy log-probabilities are the raw ones, also where a penalty chose the token.
-        return Drawn(tokens, torch.where(greedy, raw, logprobs), raw)
+        if ruled is None:
+            plain, processed = logits, self._rules.apply(logits)
+        else:
+            # Rows without rules stay where they are.
+            plain, processed = logits[ruled], logits
+            processed[ruled] = self._rules.apply(plain)
+        tokens, logprobs = self._ops.sample_logits(processed, keys, uids, positions, greedy)
+        chosen = tokens if ruled is None else tokens[ruled]
+        raw = plain.gather(1, chosen.unsqueeze(1)).squeeze(1) - plain.logsumexp(1)
+        if ruled is not None:
+            raw = logprobs.index_copy(0, ruled, raw)
+        # Greedy log-probabilities are the raw ones, also where a penalty chose the token; NaN
+        # stays: it says that every token is masked.
+        return Drawn(tokens, torch.where(greedy & ~logprobs.isnan(), raw, logprobs), raw)
+
+    def _take_in(self, sequences: list[Sequence]) -> None:
+        count = len(sequences)
+        if count > self._keys.shape[0]:
+            self._reserve(count)
+        self._rows = sequences
+        params = [s.params for s in sequences]
+        self._keys[:count] = torch.tensor([s.key for s in sequences])
+        self._uids[:count] = torch.tensor([s.uid for s in sequences])
+        self._greedy[:count] = torch.tensor([p.is_greedy for p in params])
+        self._temperature[:count] = torch.tensor([float(p.temperature) for p in params])
+        self.used |= {"argmax"} if any(p.is_greedy for p in params) else set()
+        fuses = self._ops.backend == "triton" and self._head.weight is not None
+        fused = [i for i, p in enumerate(params) if fuses and not p.has_filters]
+        taken = set(fused)
+        processed = [i for i in range(count) if i not in taken]
+        if any(not params[i].is_greedy for i in fused):
+            self.used.add("gumbel_max")
+        if any(not params[i].is_greedy for i in processed):
+            self.used.add("inverse_cdf")
+        # Indices of rows; None where there are none.
+        self._fused = self._index(fused) if fused else None
+        self._processed = self._index(processed) if processed else None
+        # Rows whose logits change, counted among the processed ones; None where they are all.
+        ruled = [
+            place
+            for place, i in enumerate(processed)
+            if params[i].has_filters or params[i].temperature not in (0, 1)
+        ]
+        self._ruled = [sequences[processed[place]] for place in ruled]
+        self._ruled_rows = self._index(ruled) if len(ruled) < len(processed) else None
+        self._reported = [i for i, p in enumerate(params) if p.entropy or p.top_logprobs]
+        self._reported_rows = self._index(self._reported)
+        self._num_top = max((p.top_logprobs for p in params), default=0)
+        self._needs_logits = bool(processed or self._reported)
+
+    def _index(self, rows: list[int]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self._device)
+
+    def _report(self, logits: torch.Tensor) -> Report | None:
+        if not self._reported:
+            return None
+        if len(self._reported) < len(self._rows):
+            logits = logits[self._reported_rows]
+        logprobs = logits.log_softmax(1)
+        best = logprobs.topk(self._num_top, dim=1)
+        entropies = torch.special.entr(logprobs.exp()).sum(1)
+        return Report(best.indices, best.values, entropies)
+
+    def _collect_report(
+        self, report: Report | None
+    ) -> tuple[dict[int, TopLogprobs], dict[int, float]]:
+        top: dict[int, TopLogprobs] = {}
+        entropies: dict[int, float] = {}
+        if report is None:
+            return top, entropies
+        columns = (report.tokens.tolist(), report.logprobs.tolist(), report.entropies.tolist())
+        for row, tokens, logprobs, entropy in zip(self._reported, *columns, strict=True):
+            params = self._rows[row].params
+            if params.top_logprobs:
+                count = params.top_logprobs
+                top[row] = list(zip(tokens[:count], logprobs[:count], strict=True))
+            if params.entropy:
+                entropies[row] = entropy
+        return top, entropies
 
 
 def process_logits(logits: torch.Tensor, sequences: Sized[Sequence]) -> torch.Tensor:
-    """Penalties, temperature, top-k, top-p, min-p: HF's processors in HF's order.
+    """Process logits as sampling does: HF's processors in HF's order.
 
     Args:
         logits: [B, V] float32; not changed.
@@ -240,59 +330,8 @@ def process_logits(logits: torch.Tensor, sequences: Sized[Sequence]) -> torch.Te
     Returns:
         [B, V] with masked tokens at -inf; ``logits`` itself where nothing applies.
     """
-    params = [s.params for s in sequences]
-    scales = any(p.temperature not in (0, 1) for p in params)
-    if not scales and not any(p.has_filters for p in params):
+    if all(not s.params.has_filters and s.params.temperature in (0, 1) for s in sequences):
         return logits
-    z = logits.clone()
-    for row, sequence in enumerate(sequences):
-        if sequence.params.repetition_penalty != 1:
-            _penalise(z[row], sequence)
-        if len(sequence.output) < sequence.params.min_new_tokens and sequence.end_ids:
-            z[row, sorted(sequence.end_ids)] = _MASKED
-    # A greedy row is neither divided nor filtered: its log-probabilities are at temperature 1.
-    drawn = [SamplingParams() if p.is_greedy else p for p in params]
-    if scales:
-        z /= _column([p.temperature for p in drawn], z.device)
-    if any(p.top_k for p in drawn):
-        _keep_top_k(z, [p.top_k for p in drawn])
-    if any(p.top_p < 1 for p in drawn):
-        # 1 - p in double precision, as HF has it: 1 - 0.9 in fp32 is the next number up.
-        _keep_top_p(z, _column([1 - p.top_p for p in drawn], z.device))
-    if any(p.min_p > 0 for p in drawn):
-        probabilities = z.softmax(1)
-        least = _column([p.min_p for p in drawn], z.device) * probabilities.amax(1, keepdim=True)
-        z.masked_fill_(probabilities < least, _MASKED)
-    return z
-
-
-def _keep_top_k(z: torch.Tensor, top_k: list[int]) -> None:
-    """Mask what is below the k-th best of its row; ties stay. 0 keeps all, as in HF."""
-    size = z.shape[1]
-    ks = [min(k, size) or size for k in top_k]
-    most = max((k for k in ks if k < size), default=size)
-    best = z.topk(most, dim=1).values
-    kth = best.gather(1, torch.tensor([min(k, most) - 1 for k in ks], device=z.device)[:, None])
-    filtered = torch.tensor([k < size for k in ks], device=z.device)[:, None]
-    z.masked_fill_((z < kth) & filtered, _MASKED)
-
-
-def _keep_top_p(z: torch.Tensor, rest: torch.Tensor) -> None:
-    """Mask the least likely tokens whose mass together is at most ``rest``, 1 - p."""
-    ascending, order = z.sort(dim=1)
-    out = ascending.softmax(1).cumsum(1) <= rest
-    out[:, -1] = False
-    # A row without top-p keeps even what rounds to probability 0.
-    out &= rest > 0
-    z.masked_fill_(torch.zeros_like(out).scatter(1, order, out), _MASKED)
-
-
-def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
-    seen = torch.tensor(sorted(set(sequence.prompt) | set(sequence.output)), device=row.device)
-    scores = row[seen]
-    penalty = sequence.params.repetition_penalty
-    row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
-
-
-def _column(values: Sized[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+    rules = LogitRules(logits.device)
+    rules.prepare(sequences)
+    return rules.apply(logits)

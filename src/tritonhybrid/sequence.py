@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tritonhybrid.sampling_params import SamplingParams
+from tritonhybrid.stop_strings import StopStrings
 
 FinishReason = Literal["stop", "length"]
+
+# The likeliest tokens of one position with their raw log-probabilities, best first.
+TopLogprobs = list[tuple[int, float]]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -37,9 +41,12 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     text: str | None = None
+    stops: StopStrings | None = None
 
     def __len__(self) -> int:
         """Tokens so far, prompt and output."""
@@ -65,13 +72,39 @@ class Sequence:
         """Whether nothing more will be sampled."""
         return self.finish_reason is not None
 
-    def append(self, token: int, logprob: float, raw_logprob: float) -> None:
+    def append(
+        self,
+        token: int,
+        logprob: float,
+        raw_logprob: float,
+        top_logprobs: TopLogprobs | None = None,
+        entropy: float | None = None,
+    ) -> None:
         """Take one sampled token and notice whether it was the last."""
         self.output.append(token)
         if self.params.logprobs:
             self.logprobs.append(logprob)
             self.raw_logprobs.append(raw_logprob)
+        if top_logprobs is not None:
+            self.top_logprobs.append(top_logprobs)
+        if entropy is not None:
+            self.entropies.append(entropy)
         if token in self.end_ids:
             self.finish_reason = "stop"
         elif len(self.output) >= self.params.max_new_tokens:
             self.finish_reason = "length"
+
+    def notice_stop_strings(self, tokenizer: Any) -> None:
+        """End if the text now holds a stop string; the text is cut before it.
+
+        Args:
+            tokenizer: Decodes the output; not used without stop strings.
+        """
+        if not self.params.stop:
+            return
+        if self.stops is None:
+            self.stops = StopStrings(tokenizer, self.params.stop, self.params.skip_special_tokens)
+        text = self.stops.cut(self.output)
+        if text is not None:
+            self.finish_reason = "stop"
+            self.text = text

@@ -193,3 +193,56 @@ def test_logits_that_are_not_finite_name_the_prompt_and_the_engine_goes_on(
     assert (caught.value.prompt_index, caught.value.position) == (3, 16)
     assert engine.stats.num_prefill_steps == 0
     assert tokens(engine.rollout(PROMPTS, params)) == expected
+
+
+def test_top_logprobs_and_entropy_come_for_each_token_through_preemption_too(
+    engine_of: Callable[..., Any], model: Any
+):
+    params = SamplingParams(
+        max_new_tokens=20, seed=1, ignore_eos=True, top_p=0.9, top_logprobs=3, entropy=True
+    )
+    plain = SamplingParams(max_new_tokens=20, seed=1, ignore_eos=True, top_p=0.9)
+    engine = engine_of(kv_cache_bytes=6 * PAGE_BYTES)
+    out = engine.rollout(PROMPTS, params)
+    assert out.stats.preemptions > 0
+    assert tokens(out) == tokens(engine_of().rollout(PROMPTS, plain))
+    for completion in out.completions:
+        prompt = PROMPTS[completion.prompt_index]
+        ids = torch.tensor([prompt + completion.token_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        exact = logits.double().log_softmax(-1)
+        best = exact.topk(3)
+        assert len(completion.top_logprobs) == len(completion.entropies) == 20
+        ours = torch.tensor([[value for _, value in top] for top in completion.top_logprobs])
+        assert float((ours.double() - best.values).abs().max()) < 2e-4
+        ids_of = [[token for token, _ in top] for top in completion.top_logprobs]
+        assert ids_of == best.indices.tolist()
+        entropies = torch.tensor(completion.entropies, dtype=torch.float64)
+        assert float((entropies + (exact.exp() * exact).sum(-1)).abs().max()) < 5e-4
+    assert all(
+        c.top_logprobs == c.entropies == [] for c in engine.rollout([[5]], plain).completions
+    )
+
+
+def test_penalties_and_forbidden_tokens_are_the_same_through_preemption(
+    engine_of: Callable[..., Any],
+):
+    params = SamplingParams(
+        max_new_tokens=20,
+        n=2,
+        seed=3,
+        ignore_eos=True,
+        repetition_penalty=1.3,
+        frequency_penalty=0.5,
+        presence_penalty=0.3,
+        bad_words_ids=[[10, 10], [7]],
+        suppress_tokens=[3],
+        forced_eos_token_id=2,
+    )
+    plenty = engine_of().rollout(PROMPTS, params)
+    tiny = engine_of(kv_cache_bytes=6 * PAGE_BYTES).rollout(PROMPTS, params)
+    assert tiny.stats.preemptions > 0
+    assert tokens(tiny) == tokens(plenty)
+    for row in tokens(plenty):
+        assert row[-1] == 2 and not {3, 7} & set(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from tritonhybrid.errors import NonFiniteLogitsError
+from tritonhybrid.logit_rules import LogitRules
 from tritonhybrid.noise import sequence_key
 from tritonhybrid.sampler import HeadCalls, Sampler, process_logits
 from tritonhybrid.sampling_params import SamplingParams
@@ -218,3 +220,111 @@ def test_noise_depends_on_seed_uid_and_position_alone():
         longer += sample(logits, [later]).tokens
         later.output.append(1)
     assert len(set(longer)) > 5
+
+
+REPORTED = (
+    {"top_logprobs": 3, "entropy": True},
+    {"top_logprobs": 5, "temperature": 0.0},
+    {"entropy": True, "top_k": 2, "suppress_tokens": [1]},
+    {"top_logprobs": VOCAB, "temperature": 0.7},
+    {},
+)
+
+
+def test_top_logprobs_and_entropy_are_of_the_raw_distribution():
+    logits = 3 * torch.randn(len(REPORTED), VOCAB, generator=torch.Generator().manual_seed(6))
+    logits[0, :20] = -math.inf
+    params = [SamplingParams(**settings) for settings in REPORTED]
+    sampled = sample(logits, [sequence(p, uid=i) for i, p in enumerate(params)])
+    exact = logits.double().log_softmax(-1)
+    assert list(sampled.top_logprobs) == [0, 1, 3] and list(sampled.entropies) == [0, 2]
+    for row, pairs in sampled.top_logprobs.items():
+        best = exact[row].sort(descending=True)
+        assert [token for token, _ in pairs] == best.indices[: len(pairs)].tolist()
+        assert len(pairs) == params[row].top_logprobs
+        expected = best.values[: len(pairs)].tolist()
+        assert [value for _, value in pairs] == pytest.approx(expected, abs=2e-5)
+    for row, entropy in sampled.entropies.items():
+        kept = exact[row][exact[row].isfinite()]
+        assert entropy == pytest.approx(float(-(kept.exp() * kept).sum()), abs=2e-5)
+
+
+def test_asking_for_top_logprobs_or_entropy_changes_no_token():
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(7)).expand(200, VOCAB)
+    plain = [sequence(SamplingParams(top_p=0.9), uid=i) for i in range(200)]
+    asking = [
+        sequence(SamplingParams(top_p=0.9, top_logprobs=2, entropy=True), uid=i) for i in range(200)
+    ]
+    assert sample(logits, asking).tokens == sample(logits, plain).tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"suppress_tokens": range(VOCAB)},
+        {"bad_words_ids": [[3, token] for token in range(VOCAB)]},
+        {"logit_bias": dict.fromkeys(range(VOCAB), -math.inf)},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_row_whose_settings_forbid_every_token_is_reported(settings: dict, temperature: float):
+    rows = [sequence(SamplingParams(temperature=temperature), index=0)]
+    rows.append(sequence(SamplingParams(temperature=temperature, **settings), index=1))
+    with pytest.raises(NonFiniteLogitsError, match="prompt 1 at position 6"):
+        sample(torch.zeros(2, VOCAB), rows)
+
+
+def test_rows_without_rules_are_neither_copied_nor_processed_beside_rows_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    shapes = []
+    apply = LogitRules.apply
+
+    def watched(rules: LogitRules, logits: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(logits.shape))
+        return apply(rules, logits)
+
+    monkeypatch.setattr(LogitRules, "apply", watched)
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(4, VOCAB, generator=generator)
+    params = [SamplingParams(), SamplingParams(top_k=3), SamplingParams(temperature=0.0)]
+    params.append(SamplingParams(temperature=0.0, repetition_penalty=1.5))
+    rows = [sequence(p, uid=i) for i, p in enumerate(params)]
+    together = sample(logits, rows)
+    assert shapes == [(2, VOCAB)]
+    for index, row in enumerate(rows):
+        alone = sample(logits[index : index + 1], [row])
+        assert together.row(index) == pytest.approx(alone.row(0), abs=1e-6)
+    sample(logits, [sequence(SamplingParams(), uid=i) for i in range(4)])
+    assert shapes == [(2, VOCAB), (1, VOCAB), (1, VOCAB)]
+
+
+def test_fused_rows_keep_their_tokens_beside_others_and_where_they_report():
+    """The head's own kernel (its torch reference here) draws what has no rules."""
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(VOCAB, 16, generator=generator)
+    hidden = torch.randn(6, 16, generator=generator)
+    head = HeadCalls(logits=lambda rows: rows @ weight.t(), weight=weight, bias=None)
+
+    def drawn(rows: list[Sequence], chosen: list[int]) -> Any:
+        ops = replace(select_ops("torch"), backend="triton")
+        sampler = Sampler(ops, head, torch.device("cpu"))
+        return sampler.sample(hidden, rows, torch.tensor(chosen)), sampler.used
+
+    reports = SamplingParams(top_logprobs=4, entropy=True)
+    params = [SamplingParams(), SamplingParams(top_k=5), reports, SamplingParams(temperature=0.5)]
+    rows = [sequence(p, uid=i) for i, p in enumerate(params)]
+    together, used = drawn(rows, [5, 0, 3, 2])
+    assert used == {"gumbel_max", "inverse_cdf"}
+    for index, place in enumerate((5, 0, 3, 2)):
+        alone, _ = drawn([rows[index]], [place])
+        assert together.tokens[index] == alone.tokens[0]
+        assert together.logprobs[index] == pytest.approx(alone.logprobs[0], abs=1e-5)
+        assert together.raw_logprobs[index] == pytest.approx(alone.raw_logprobs[0], abs=1e-5)
+    silent, used = drawn([sequence(SamplingParams(), uid=2)], [3])
+    assert silent.tokens == [together.tokens[2]] and used == {"gumbel_max"}
+    exact = (hidden[3].double() @ weight.t().double()).log_softmax(-1)
+    best = exact.topk(4)
+    assert [token for token, _ in together.top_logprobs[2]] == best.indices.tolist()
+    assert together.entropies == {2: pytest.approx(float(-(exact.exp() * exact).sum()), abs=1e-5)}
