@@ -8,7 +8,7 @@ decoding, over whole weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
 from typing import Any, cast
@@ -21,10 +21,16 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.logits_process import (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -37,9 +43,15 @@ from tritonhybrid.sampling_params import SamplingParams
 
 # What the generation config alone says again, in words our sampler knows.
 _SERVED_PROCESSORS = (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -116,7 +128,12 @@ def serve_generate(
         **model_kwargs: Any,
     ) -> Any:
         reason = _not_served(
-            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            model.config.get_text_config(decoder=True).vocab_size,
         )
         if reason is not None:
             return fallback(reason, hf_generate)
@@ -144,6 +161,7 @@ def _not_served(
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
+    vocab_size: int,
 ) -> str | None:
     """What our loop would have to leave out, by name; None if nothing."""
     mode = config.get_generation_mode()
@@ -152,6 +170,9 @@ def _not_served(
     for processor in processors:
         if type(processor) not in _SERVED_PROCESSORS:
             return type(processor).__name__
+    reason = _unlike_ours(processors, config, model_kwargs.get("attention_mask"), vocab_size)
+    if reason is not None:
+        return reason
     for criterion in criteria:
         if type(criterion) not in _SERVED_CRITERIA:
             return type(criterion).__name__
@@ -171,13 +192,38 @@ def _not_served(
     mask = model_kwargs.get("attention_mask")
     if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         return "an attention_mask that is not left-padded"
-    if mask is not None and bool((mask == 0).any()) and _or(config.repetition_penalty, 1.0) != 1:
-        return "a repetition penalty that counts padding as seen"
     positions = model_kwargs.get("position_ids")
     if positions is not None and not _are_default(positions, mask, input_ids.shape[1]):
         return "position_ids of its own"
     if input_ids.shape[1] == 0:
         return "an empty prompt"
+    return None
+
+
+def _unlike_ours(
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+    mask: torch.Tensor | None,
+    vocab_size: int,
+) -> str | None:
+    """What a served processor does that ours does not; None if nothing."""
+    is_padded = mask is not None and bool((mask == 0).any())
+    for processor in processors:
+        if isinstance(processor, RepetitionPenaltyLogitsProcessor) and is_padded:
+            # transformers before 5.24 counts padding as seen.
+            if isinstance(processor.prompt_ignore_length, torch.Tensor):
+                continue
+            return "a repetition penalty that counts padding as seen"
+    if any(len(tokens) > 1 for tokens, _ in _bias_pairs(config.sequence_bias)):
+        return "sequence_bias of several tokens"
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        # HF lets them pass; we would refuse them.
+        if any(not 0 <= token < vocab_size for token in getattr(config, name) or ()):
+            return f"{name} outside the vocabulary"
+    if is_padded and config.bad_words_ids:
+        assert mask is not None
+        if max(map(len, config.bad_words_ids)) > int(mask.sum(1).min()) + 1:
+            return "bad_words_ids that reach into padding"
     return None
 
 
@@ -224,12 +270,26 @@ def _sampling_params(input_ids: torch.Tensor, config: GenerationConfig) -> Sampl
         top_p=_or(config.top_p, 1.0) if sampled else 1.0,
         min_p=_or(config.min_p, 0.0) if sampled else 0.0,
         repetition_penalty=_or(config.repetition_penalty, 1.0),
+        logit_bias={int(t[0]): float(bias) for t, bias in _bias_pairs(config.sequence_bias)},
+        bad_words_ids=[list(map(int, word)) for word in config.bad_words_ids or ()],
+        suppress_tokens=list(map(int, config.suppress_tokens or ())),
+        begin_suppress_tokens=list(map(int, config.begin_suppress_tokens or ())),
+        # HF forces BOS where it begins the padded row.
+        forced_bos_token_id=config.forced_bos_token_id if input_ids.shape[1] == 1 else None,
+        forced_eos_token_id=config.forced_eos_token_id,
         seed=0,
         eos_token_id=[] if eos is None else [int(token) for token in eos.flatten()],
         logprobs=False,
     )
     # One draw from torch's generator: calls differ, torch.manual_seed repeats them.
     return replace(params, seed=int(torch.randint(2**62, (1,)))) if sampled else params
+
+
+def _bias_pairs(sequence_bias: Any) -> list[tuple[Sequence[int], float]]:
+    """HF's biases of token sequences, from either of its forms."""
+    if sequence_bias is None:
+        return []
+    return list(sequence_bias.items() if isinstance(sequence_bias, dict) else sequence_bias)
 
 
 def _output(

@@ -126,14 +126,122 @@ def test_greedy_return_sequences_are_refused_as_hugging_face_refuses_them(engine
     assert str(ours.value) == str(theirs.value)
 
 
-def test_repetition_penalty_without_padding_is_native_and_with_it_is_hugging_faces(engine: Any):
+def ignores_padding(model: Any, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether HF's repetition penalty leaves padding out: transformers 5.24 does, 5.10 doesn't."""
+    config = GenerationConfig(repetition_penalty=1.7)
+    config._eos_token_tensor = None
+    mask = {"attention_mask": inputs["attention_mask"]}
+    (penalty,) = model._get_logits_processor(
+        config, inputs["input_ids"].shape[1], model_kwargs=mask
+    )
+    return isinstance(penalty.prompt_ignore_length, torch.Tensor)
+
+
+def test_repetition_penalty_is_native_unless_padding_counts_as_seen(engine: Any):
     kwargs = {"max_new_tokens": 12, "do_sample": False, "repetition_penalty": 1.7}
     ids = torch.tensor([PROMPTS[0], PROMPTS[0][::-1]])
     ours = engine.generate(ids, **kwargs)
     assert engine.stats.path == "fused"
     assert torch.equal(ours, hf(engine, ids, **kwargs))
+    inputs = padded(PROMPTS)
+    ours = engine.generate(**inputs, **kwargs)
+    if ignores_padding(engine.module, inputs):
+        assert engine.stats.path == "fused"
+    else:
+        assert engine.stats.path == "hf" and "repetition penalty" in engine.stats.notes[0]
+    assert torch.equal(ours, hf(engine, **inputs, **kwargs))
+
+
+def forbidding(model: Any) -> dict[str, dict[str, Any]]:
+    """Settings that each change the greedy tokens of PROMPTS."""
+    out = type(model).generate(
+        model, **padded(PROMPTS), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    new = out[:, 20:].tolist()
+    second, third, fourth = (sorted({row[place] for row in new}) for place in (1, 2, 3))
+    pairs = [row[2:4] for row in new]
+    return {
+        "bad words": {"bad_words_ids": [[token] for token in third]},
+        "bad words of several tokens": {"bad_words_ids": [*pairs, [10, 10], [10, new[1][0]]]},
+        "a bad word that is EOS": {
+            "bad_words_ids": [[token] for token in (*second, third[0])],
+            "eos_token_id": third[0],
+        },
+        "suppressed": {"suppress_tokens": third},
+        "suppressed at the beginning": {"begin_suppress_tokens": [row[0] for row in new]},
+        "forced EOS": {"forced_eos_token_id": 55},
+        "forced EOS of several": {"forced_eos_token_id": [56, 55], "eos_token_id": 55},
+        "biases": {"sequence_bias": {(third[0],): -4.5, (fourth[0],): float("-inf"), (7,): 3.0}},
+        "biases in a list": {"sequence_bias": [[[third[0]], -2.5], [[8], 2.0]]},
+        "all together": {
+            "bad_words_ids": pairs,
+            "suppress_tokens": third[:1],
+            "begin_suppress_tokens": [new[0][0]],
+            "forced_eos_token_id": 55,
+            "sequence_bias": {(fourth[0],): -2.0},
+            "min_new_tokens": 5,
+            "eos_token_id": third[-1],
+        },
+    }
+
+
+FORBIDDING = (
+    "bad words",
+    "bad words of several tokens",
+    "a bad word that is EOS",
+    "suppressed",
+    "suppressed at the beginning",
+    "forced EOS",
+    "forced EOS of several",
+    "biases",
+    "biases in a list",
+    "all together",
+)
+
+
+@pytest.mark.parametrize("name", FORBIDDING)
+def test_forbidden_forced_and_biased_tokens_are_native_and_hugging_faces(engine: Any, name: str):
+    settings = forbidding(engine.module)[name]
+    base = {"max_new_tokens": 12, "do_sample": False}
+    inputs = padded([prompt for prompt in PROMPTS if len(prompt) > 1])
+    ours = engine.generate(**inputs, **base, **settings)
+    assert engine.stats.path == "fused" and engine.stats.notes == []
+    theirs = hf(engine, **inputs, **base, **settings)
+    assert torch.equal(ours, theirs)
+    plain = {key: value for key, value in settings.items() if key == "eos_token_id"}
+    assert not torch.equal(ours, hf(engine, **inputs, **base, **plain))
+
+
+@pytest.mark.parametrize("prompts", [[[14], [9]], PROMPTS], ids=["one token", "longer"])
+def test_a_forced_bos_follows_prompts_of_one_token_alone(engine: Any, prompts: list[list[int]]):
+    kwargs = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "forced_bos_token_id": 33,
+        "begin_suppress_tokens": list(range(50)),
+    }
+    ours = engine.generate(**padded(prompts), **kwargs)
+    assert engine.stats.path == "fused"
+    assert torch.equal(ours, hf(engine, **padded(prompts), **kwargs))
+    width = max(map(len, prompts))
+    assert bool((ours[:, width] == 33).all()) == (width == 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"sequence_bias": {(5, 6): -2.0}}, "sequence_bias of several tokens"),
+        ({"suppress_tokens": [5, 101]}, "suppress_tokens outside the vocabulary"),
+        ({"begin_suppress_tokens": [-1]}, "begin_suppress_tokens outside the vocabulary"),
+        ({"bad_words_ids": [[0, 0, 14, 9]]}, "bad_words_ids that reach into padding"),
+    ],
+)
+def test_token_settings_that_mean_something_else_there_are_hugging_faces(
+    engine: Any, settings: dict[str, Any], reason: str
+):
+    kwargs = {"max_new_tokens": 6, "do_sample": False, **settings}
     ours = engine.generate(**padded(PROMPTS), **kwargs)
-    assert engine.stats.path == "hf" and "repetition penalty" in engine.stats.notes[0]
+    assert engine.stats.path == "hf" and reason in engine.stats.notes[0]
     assert torch.equal(ours, hf(engine, **padded(PROMPTS), **kwargs))
 
 
