@@ -46,6 +46,9 @@ def test_samples_of_a_prompt_are_adjacent(model: LlamaForCausalLM):
 def test_settings_it_does_not_translate_are_refused_by_name(model: LlamaForCausalLM):
     with pytest.raises(ConfigError, match="min_p, seed"):
         HfPeer(model).generate(PROMPTS, SamplingParams(min_p=0.1, seed=3))
+    with pytest.raises(ConfigError, match="frequency_penalty, logit_bias, forced_bos_token_id"):
+        params = SamplingParams(logit_bias={3: 1.0}, forced_bos_token_id=0, frequency_penalty=0.1)
+        HfPeer(model).generate(PROMPTS, params)
 
 
 def test_timed_calls_count_tokens_and_seconds(model: LlamaForCausalLM):

@@ -141,3 +141,29 @@ def test_text_comes_with_a_tokenizer_alone(
 def test_logprobs_can_be_left_out(engine: Any, free: list[int]):
     completion = only(engine.rollout([PROMPT], greedy(logprobs=False, ignore_eos=True)))
     assert (completion.token_ids, completion.logprobs, completion.raw_logprobs) == (free, [], [])
+
+
+class Marks:
+    """A tokenizer stub: even tokens are special, and text only where they are kept."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(f"<{i}>" for i in ids if i % 2 or not skip_special_tokens)
+
+
+def test_special_tokens_are_in_the_text_only_where_they_are_asked_for(
+    engine_of: Callable[..., Any], free: list[int]
+):
+    engine = engine_of(Marks())
+    special = next(i for i in free if i % 2 == 0)
+    at = free.index(special)
+    for skips in (True, False):
+        whole = Marks().decode(free, skips)
+        text = only(engine.rollout([PROMPT], greedy(ignore_eos=True, skip_special_tokens=skips)))
+        assert text.text == whole
+        params = greedy(ignore_eos=True, skip_special_tokens=skips, stop=f"<{special}>")
+        completion = only(engine.rollout([PROMPT], params))
+        if skips:
+            assert (completion.text, completion.finish_reason) == (whole, "length")
+        else:
+            assert completion.token_ids == free[: at + 1]
+            assert completion.text == Marks().decode(free[:at], False)
