@@ -16,13 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonhybrid_kernels.dependent_launch import await_predecessor
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     check_launchable,
     check_operands,
     check_rank,
     check_shape,
-    launch_options,
+    decode_options,
     require,
 )
 
@@ -45,18 +46,21 @@ def _add_rms_norm_kernel(
     BLOCK_D: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < num_columns
     dtype = y_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    if PDL:
+        await_predecessor()
     r = tl.load(x_ptr + row * stride_xm + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         r_ptrs = residual_ptr + row * stride_rm + offs_d
         r = (tl.load(r_ptrs, mask=mask_d, other=0.0).to(tl.float32) + r).to(dtype)
         tl.store(r_ptrs, r, mask=mask_d)
         r = r.to(tl.float32)
-    weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     normed = r * tl.rsqrt(tl.sum(r * r, axis=0) / num_columns + eps)
     if HAS_OFFSET:
         y = normed * (weight_offset + weight)
@@ -119,7 +123,7 @@ def add_rms_norm(
         HAS_RESIDUAL=residual is not None,
         HAS_OFFSET=weight_offset != 0.0,
         num_warps=_num_warps(block_d),
-        **launch_options(x.device),
+        **decode_options(x.device),
     )
     return y
 
@@ -199,6 +203,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                 "BLOCK_D": block_d,
                 "HAS_RESIDUAL": has_residual,
                 "HAS_OFFSET": weight_offset != 0.0,
+                "PDL": False,
             },
             options={"num_warps": _num_warps(block_d)},
             mma="none",

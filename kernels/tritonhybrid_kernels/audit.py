@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -214,6 +215,18 @@ def _broken_reads(case: LaunchCase, report: KernelReport) -> list[str]:
     for name in sorted(widths.keys() - {*case.streams, *case.narrow}):
         broken.append(f"{name} is read, but named neither as a stream nor as a narrow read")
     return broken
+
+
+def shipped_cases(op: str, arch: int) -> Iterator[LaunchCase]:
+    """Yield the launches of an op that may ship for `arch`, dependent ones too where it has them.
+
+    Raises:
+        ModuleNotFoundError: there is no such op.
+    """
+    for case in import_module(f"tritonhybrid_kernels.{op}").audit_cases(arch):
+        yield case
+        if arch >= 90 and "PDL" in case.constants:
+            yield case.dependent()
 
 
 def audit_case(case: LaunchCase, arch: int) -> tuple[KernelReport, list[str]]:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from tritonhybrid_kernels.dependent_launch import await_predecessor, prefetch_rows
 from tritonhybrid_kernels.host_linear import host_linear
 from tritonhybrid_kernels.launch import (
     LaunchCase,
@@ -24,8 +25,8 @@ from tritonhybrid_kernels.launch import (
     check_operands,
     check_rank,
     check_shape,
+    decode_options,
     device_arch,
-    launch_options,
     require,
 )
 from tritonhybrid_kernels.matmul_tile import (
@@ -76,12 +77,19 @@ def _gate_up_silu_kernel(
     EVICT_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     tile_m, tile_n = tile_coordinates(
         tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N), GROUP_M
     )
     offs_m, rows = tile_rows(tile_m, num_rows, BLOCK_M)
     offs_n, columns = tile_rows(tile_n, num_columns, BLOCK_N)
+    if PDL:
+        # Only where one tile holds all rows: there each weight is read once, by one program.
+        if EVICT_W == "evict_first":
+            prefetch_rows(gate_weight_ptr, columns, stride_gn, depth, 256 // BLOCK_N)
+            prefetch_rows(up_weight_ptr, columns, stride_un, depth, 256 // BLOCK_N)
+        await_predecessor()
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
     gate_ptrs = gate_weight_ptr + columns[None, :] * stride_gn + offs_k[:, None]
@@ -171,7 +179,7 @@ def gate_up_silu(
         HAS_BIAS=gate_bias is not None,
         ACTIVATION=activation,
         **config.options,
-        **launch_options(x.device),
+        **decode_options(x.device),
     )
     return y
 
@@ -264,6 +272,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                     **config.constants(depth, num_rows),
                     "HAS_BIAS": has_bias,
                     "ACTIVATION": activation,
+                    "PDL": False,
                 },
                 options=config.options,
                 mma=config.expected_mma(dtype, arch),

@@ -7,7 +7,7 @@ under its interpreter, and Triton itself fixes that when a kernel is decorated.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
@@ -28,6 +28,13 @@ _INTERPRETED: Final[bool] = bool(triton.knobs.runtime.interpret)
 # interpreter has no such option and would take it for a kernel argument.
 COMPILED_OPTIONS: Final[Mapping[str, Any]] = {"enable_fp_fusion": False}
 _INTERPRETED_OPTIONS: Final[Mapping[str, Any]] = {}
+
+# Whether the kernels of a decode step start while the kernel before them drains, where the device
+# can (dependent_launch.py). Off until a GPU has run it.
+DEPENDENT_LAUNCH: Final[bool] = False
+_DEPENDENT_OPTIONS: Final[Mapping[str, Any]] = {**COMPILED_OPTIONS, "PDL": True, "launch_pdl": True}
+_DECODE_OPTIONS: Final[Mapping[str, Any]] = {**COMPILED_OPTIONS, "PDL": False}
+_INTERPRETED_DECODE_OPTIONS: Final[Mapping[str, Any]] = {"PDL": False}
 
 # The architecture whose configurations the interpreter runs, so that CPU tests walk through the
 # tiles that ship for the reference machine.
@@ -74,6 +81,15 @@ class LaunchCase:
     streams: tuple[str, ...]
     narrow: Mapping[str, NarrowRead] = field(default_factory=dict)
 
+    def dependent(self) -> LaunchCase:
+        """Return the same launch as one that starts while its predecessor drains."""
+        return replace(
+            self,
+            label=f"{self.label}, dependent",
+            constants={**self.constants, "PDL": True},
+            options={**self.options, "launch_pdl": True},
+        )
+
 
 def is_interpreted() -> bool:
     """Tell whether kernels run under Triton's interpreter, on CPU tensors."""
@@ -83,6 +99,18 @@ def is_interpreted() -> bool:
 def launch_options(device: torch.device) -> Mapping[str, Any]:
     """Return the keyword arguments every launch on `device` passes besides its configuration."""
     return COMPILED_OPTIONS if device.type == "cuda" and not _INTERPRETED else _INTERPRETED_OPTIONS
+
+
+def decode_options(device: torch.device) -> Mapping[str, Any]:
+    """Return what :func:`launch_options` does, and PDL, for a kernel that a decode step launches.
+
+    PDL is a constant of the kernel and, as launch_pdl, an option of its launch: never one alone.
+    """
+    if device.type != "cuda" or _INTERPRETED:
+        return _INTERPRETED_DECODE_OPTIONS
+    if DEPENDENT_LAUNCH and torch.version.hip is None and device_arch(device) >= 90:
+        return _DEPENDENT_OPTIONS
+    return _DECODE_OPTIONS
 
 
 @cache

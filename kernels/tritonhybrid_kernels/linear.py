@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonhybrid_kernels.dependent_launch import await_predecessor, prefetch_rows
 from tritonhybrid_kernels.host_linear import host_linear
 from tritonhybrid_kernels.launch import (
     LaunchCase,
@@ -22,8 +23,8 @@ from tritonhybrid_kernels.launch import (
     check_operands,
     check_rank,
     check_shape,
+    decode_options,
     device_arch,
-    launch_options,
 )
 from tritonhybrid_kernels.matmul_tile import (
     AUDIT_ROWS,
@@ -60,12 +61,18 @@ def _linear_kernel(
     EVICT_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     tile_m, tile_n = tile_coordinates(
         tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_columns, BLOCK_N), GROUP_M
     )
     offs_m, rows = tile_rows(tile_m, num_rows, BLOCK_M)
     offs_n, columns = tile_rows(tile_n, num_columns, BLOCK_N)
+    if PDL:
+        # Only where one tile holds all rows: there each weight is read once, by one program.
+        if EVICT_W == "evict_first":
+            prefetch_rows(w_ptr, columns, stride_wn, depth, 512 // BLOCK_N)
+        await_predecessor()
     offs_k = tl.arange(0, BLOCK_K)
     acc = matmul_tile(
         x_ptr + rows[:, None] * stride_xm + offs_k[None, :],
@@ -141,7 +148,7 @@ def linear(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         **config.options,
-        **launch_options(x.device),
+        **decode_options(x.device),
     )
     return y
 
@@ -220,6 +227,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                     **config.constants(depth, num_rows),
                     "HAS_BIAS": has_bias,
                     "HAS_RESIDUAL": True,
+                    "PDL": False,
                 },
                 options=config.options,
                 mma=config.expected_mma(dtype, arch),

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonhybrid_kernels.dependent_launch import await_predecessor, prefetch_rows
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     Mma,
@@ -31,7 +32,7 @@ from tritonhybrid_kernels.launch import (
     check_operands,
     check_rank,
     check_shape,
-    launch_options,
+    decode_options,
     require,
 )
 from tritonhybrid_kernels.paged_cache import check_index
@@ -75,6 +76,7 @@ def _tile_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     tile = tl.program_id(0)
     offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -84,6 +86,9 @@ def _tile_kernel(
     # Rows out of range read row 0: their results are masked below.
     rows_b = tl.where(mask_b, offs_b, 0).to(tl.int64)
     rows_v = tl.where(mask_v, offs_v, 0).to(tl.int64)
+    if PDL:
+        prefetch_rows(weight_ptr, rows_v, stride_wv, depth, 512 // BLOCK_V)
+        await_predecessor()
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = hidden_ptr + rows_b[None, :] * stride_hb + offs_k[:, None]
     w_ptrs = weight_ptr + rows_v[:, None] * stride_wv + offs_k[None, :]
@@ -146,7 +151,10 @@ def _reduce_tiles_kernel(
     num_tiles,
     stride_sb,
     BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        await_predecessor()
     row = tl.program_id(0).to(tl.int64)
     plane = batch.to(tl.int64) * stride_sb
     offs = tl.arange(0, BLOCK_T)
@@ -284,7 +292,7 @@ def lm_head_sample(
         **_constants(config, depth, bias is not None, softcap is not None),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch_options(device),
+        **decode_options(device),
     )
     _reduce_tiles_kernel[(batch,)](
         stats,
@@ -298,7 +306,7 @@ def lm_head_sample(
         stride_sb,
         BLOCK_T=triton.next_power_of_2(num_tiles),
         num_warps=4,
-        **launch_options(device),
+        **decode_options(device),
     )
     return tokens, logprobs, raw_logprobs
 
@@ -347,7 +355,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                 *(batch, vocab_size, depth, depth, depth, _stats_stride(num_tiles)),
                 *(1.0, softcap or 0.0),
             ),
-            constants=_constants(config, depth, False, softcap is not None),
+            constants={**_constants(config, depth, False, softcap is not None), "PDL": False},
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             mma=mma,
             streams=("hidden_ptr", "weight_ptr"),
@@ -367,7 +375,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                 *(fp32, torch.int32, fp32, int64, fp32, fp32),
                 *(16, num_tiles, _stats_stride(num_tiles)),
             ),
-            constants={"BLOCK_T": triton.next_power_of_2(num_tiles)},
+            constants={"BLOCK_T": triton.next_power_of_2(num_tiles), "PDL": False},
             options={"num_warps": 4},
             mma="none",
             streams=("stats_ptr", "best_ptr"),

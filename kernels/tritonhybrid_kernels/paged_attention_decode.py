@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma, table_reads
 from tritonhybrid_kernels.attention_varlen import attention_varlen_ref
+from tritonhybrid_kernels.dependent_launch import await_predecessor
 from tritonhybrid_kernels.host_decode import decode_on_host
 from tritonhybrid_kernels.launch import (
     LaunchCase,
@@ -32,7 +33,7 @@ from tritonhybrid_kernels.launch import (
     check_launchable,
     check_operands,
     check_shape,
-    launch_options,
+    decode_options,
     require,
 )
 from tritonhybrid_kernels.paged_cache import check_absent, check_attention
@@ -83,7 +84,10 @@ def _paged_attention_decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        await_predecessor()
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -158,7 +162,10 @@ def _merge_splits_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        await_predecessor()
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     num_keys = tl.load(context_lens_ptr + sequence)
@@ -348,7 +355,7 @@ def paged_attention_decode(
         IS_SPLIT=num_splits > 1,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch_options(q.device),
+        **decode_options(q.device),
     )
     if num_splits > 1:
         _merge_splits_kernel[(batch, num_heads)](
@@ -365,7 +372,7 @@ def paged_attention_decode(
             BLOCK_S=_MERGED_SPLITS,
             HAS_WINDOW=window is not None,
             num_warps=4,
-            **launch_options(q.device),
+            **decode_options(q.device),
         )
     return out
 
@@ -420,6 +427,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
             constants={
                 **_constants(config, group, 8, head_dim, block_size, softcap, window),
                 "IS_SPLIT": is_split,
+                "PDL": False,
             },
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             mma=expected_mma(dtype, config.block_m, arch),
@@ -438,6 +446,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                 "BLOCK_E": head_dim,
                 "BLOCK_S": _MERGED_SPLITS,
                 "HAS_WINDOW": False,
+                "PDL": False,
             },
             options={"num_warps": 4},
             mma="none",

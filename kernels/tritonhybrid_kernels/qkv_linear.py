@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonhybrid_kernels.dependent_launch import await_predecessor, prefetch_rows
 from tritonhybrid_kernels.host_linear import host_linear
 from tritonhybrid_kernels.launch import (
     LaunchCase,
@@ -21,8 +22,8 @@ from tritonhybrid_kernels.launch import (
     check_operands,
     check_rank,
     check_shape,
+    decode_options,
     device_arch,
-    launch_options,
     require,
 )
 from tritonhybrid_kernels.matmul_tile import (
@@ -65,6 +66,7 @@ def _qkv_linear_kernel(
     EVEN_K: tl.constexpr,
     EVICT_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     q_tiles = tl.cdiv(q_columns, BLOCK_N)
     kv_tiles = tl.cdiv(kv_columns, BLOCK_N)
@@ -95,6 +97,11 @@ def _qkv_linear_kernel(
             bias_ptr = v_bias_ptr
     offs_m, rows = tile_rows(tile_m, num_rows, BLOCK_M)
     offs_n, columns = tile_rows(tile_n, num_columns, BLOCK_N)
+    if PDL:
+        # Only where one tile holds all rows: there each weight is read once, by one program.
+        if EVICT_W == "evict_first":
+            prefetch_rows(w_ptr, columns, stride_wn, depth, 512 // BLOCK_N)
+        await_predecessor()
     offs_k = tl.arange(0, BLOCK_K)
     acc = matmul_tile(
         x_ptr + rows[:, None] * stride_xm + offs_k[None, :],
@@ -180,7 +187,7 @@ def qkv_linear(
         **config.constants(depth, num_rows),
         HAS_BIAS=q_bias is not None,
         **config.options,
-        **launch_options(x.device),
+        **decode_options(x.device),
     )
     return q, k, v
 
@@ -269,7 +276,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                     *(dtype, dtype, dtype, dtype, bias, bias, bias, dtype, dtype, dtype),
                     *(num_rows, q_columns, kv_columns, depth, depth, depth, depth, depth),
                 ),
-                constants={**config.constants(depth, num_rows), "HAS_BIAS": has_bias},
+                constants={**config.constants(depth, num_rows), "HAS_BIAS": has_bias, "PDL": False},
                 options=config.options,
                 mma=config.expected_mma(dtype, arch),
                 streams=("x_ptr", "q_weight_ptr", "k_weight_ptr", "v_weight_ptr"),

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonhybrid_kernels.dependent_launch import await_predecessor
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     NarrowRead,
@@ -32,7 +33,7 @@ from tritonhybrid_kernels.launch import (
     check_operands,
     check_rank,
     check_shape,
-    launch_options,
+    decode_options,
     require,
 )
 from tritonhybrid_kernels.paged_cache import check_heads, check_index, check_paged_cache
@@ -142,7 +143,10 @@ def _rope_kv_write_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        await_predecessor()
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     q_groups: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
@@ -319,7 +323,7 @@ def rope_kv_write(
         VECTOR=vector,
         **blocks,
         **options,
-        **launch_options(q.device),
+        **decode_options(q.device),
     )
 
 
@@ -444,6 +448,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                     "HAS_ROPE": True,
                     "VECTOR": vector,
                     **blocks,
+                    "PDL": False,
                 },
                 options=options,
                 mma="none",

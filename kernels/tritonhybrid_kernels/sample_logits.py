@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonhybrid_kernels.dependent_launch import await_predecessor
 from tritonhybrid_kernels.launch import (
     LaunchCase,
     NarrowRead,
     check_last_stride,
     check_launchable,
     check_rank,
-    launch_options,
+    decode_options,
     require,
 )
 from tritonhybrid_kernels.paged_cache import check_index
@@ -48,7 +49,10 @@ def _tile_stats_kernel(
     stride_lb,
     num_tiles,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        await_predecessor()
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     offs = tile * TILE + tl.arange(0, TILE)
@@ -80,7 +84,10 @@ def _invert_cdf_kernel(
     ROW_COUNTER: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        await_predecessor()
     row = tl.program_id(0).to(tl.int64)
     offs_t = tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tiles
@@ -170,7 +177,7 @@ def sample_logits(
         num_tiles,
         TILE=_TILE,
         num_warps=_NUM_WARPS,
-        **launch_options(device),
+        **decode_options(device),
     )
     _invert_cdf_kernel[(batch,)](
         logits,
@@ -187,7 +194,7 @@ def sample_logits(
         num_tiles,
         **_invert_constants(num_tiles),
         num_warps=_NUM_WARPS,
-        **launch_options(device),
+        **decode_options(device),
     )
     return tokens, logprobs
 
@@ -216,7 +223,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
             label=f"tile stats V={vocab_size}",
             kernel=_tile_stats_kernel,
             args=(fp32, fp32, fp32, vocab_size, vocab_size, num_tiles),
-            constants={"TILE": _TILE},
+            constants={"TILE": _TILE, "PDL": False},
             options={"num_warps": _NUM_WARPS},
             mma="none",
             streams=streams,
@@ -228,7 +235,7 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
             label=f"inverse CDF V={vocab_size}",
             kernel=_invert_cdf_kernel,
             args=(fp32, fp32, fp32, *rows, vocab_size, vocab_size, num_tiles),
-            constants=_invert_constants(num_tiles),
+            constants={**_invert_constants(num_tiles), "PDL": False},
             options={"num_warps": _NUM_WARPS},
             mma="none",
             streams=streams,
