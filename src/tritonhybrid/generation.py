@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Sized
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tritonhybrid.block_manager import BlockManager
 from tritonhybrid.call import Call
 from tritonhybrid.config import HybridConfig
 from tritonhybrid.containers.binding import Binding
+from tritonhybrid.containers.joined import neighbours
 from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts, own_generate
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import count_paths, fingerprint, plan_layers, unsuited
@@ -32,7 +33,7 @@ from tritonhybrid.runner import Runner
 from tritonhybrid.scheduler import Scheduler
 from tritonhybrid.sequence import Sequence
 from tritonhybrid.stats import RolloutStats
-from tritonhybrid.weights.source import WeightSource
+from tritonhybrid.weights.source import Materialisation, WeightSource
 from tritonhybrid_kernels.launch import is_interpreted
 from tritonhybrid_kernels.ops import Ops, select_ops
 
@@ -119,7 +120,7 @@ class Generation:
 
         Args:
             sequences: Checked already; may be empty where other ranks have some.
-            call: Its stats are filled; its ranks meet before and after the weights are gathered.
+            call: Its stats are filled.
             hf_decoding: Runs in place of our sampling where HF's own loop must serve the
                 model; the sequences then stay as they are.
             is_padded: Whether the prompts are rows of one padded batch, served as such.
@@ -133,14 +134,8 @@ class Generation:
             RankFailureError: Another rank failed.
         """
         parts = find_parts(self.module)
-        layers = parts.layers if parts else ()
         stats = call.stats
-        with self.source.materialised(layers, call.collective.meet) as weights:
-            call.interrupts.deliver()
-            stats.strategy = weights.strategy
-            stats.gather_s = weights.gather_s
-            stats.gather_bytes = weights.gather_bytes
-            stats.extra_weight_bytes = weights.extra_bytes
+        with self._materialised(parts, call) as weights:
             if weights.strategy == "foreign":
                 stats.note(
                     "the caller has gathered the weights, at addresses that change each call; "
@@ -162,22 +157,31 @@ class Generation:
         Args:
             reason: What our loop doesn't serve.
             decode: HF's decoding, arguments bound.
-            call: Its stats are filled; its ranks meet before and after the weights are gathered.
+            call: Its stats are filled.
 
         Returns:
             What ``decode`` returns.
         """
         parts = find_parts(self.module)
-        layers = parts.layers if parts else ()
         stats = call.stats
-        with self.source.materialised(layers, call.collective.meet) as weights:
-            call.interrupts.deliver()
-            stats.strategy, stats.gather_s = weights.strategy, weights.gather_s
-            stats.gather_bytes = weights.gather_bytes
-            stats.extra_weight_bytes = weights.extra_bytes
+        with self._materialised(parts, call):
             stats.path, stats.backend, stats.sampler = "hf", "torch", "hf"
             self._announce(stats, f"HF's own decoding serves this call: {reason}")
             return self._with_hf_generate(decode, call)
+
+    @contextmanager
+    def _materialised(self, parts: ModelParts | None, call: Call) -> Iterator[Materialisation]:
+        """Whole weights for a call; the ranks meet before and after they are gathered."""
+        layers = parts.layers if parts else ()
+        # What is laid out anew is laid out as the containers like it best.
+        groups = neighbours(layers) if self.source.is_partitioned else ()
+        with self.source.materialised(layers, groups, call.collective.meet) as weights:
+            call.interrupts.deliver()
+            call.stats.strategy = weights.strategy
+            call.stats.gather_s = weights.gather_s
+            call.stats.gather_bytes = weights.gather_bytes
+            call.stats.extra_weight_bytes = weights.extra_bytes
+            yield weights
 
     def _with_hf_generate(self, decode: Callable[[], Any], call: Call) -> Any:
         """Decode while the module's generate is HF's: assisted decodings call it again."""

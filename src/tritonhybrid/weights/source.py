@@ -19,7 +19,7 @@ from torch import nn
 
 from tritonhybrid.interrupts import InterruptsHeld
 from tritonhybrid.weights.agreement import RankAgreement
-from tritonhybrid.weights.arena import Arena, full_shape
+from tritonhybrid.weights.arena import Arena, Groups, full_shape
 from tritonhybrid.weights.gather_guard import GatherGuard
 from tritonhybrid.weights.hooks import deepspeed_hooks_aside, eval_mode, plain_linear
 
@@ -55,20 +55,23 @@ class WeightSource:
         engine: The DeepSpeed engine.
         layers_per_bucket: Decoder layers gathered at a time.
         timeout_s: Seconds to wait for other ranks.
+
+    Attributes:
+        is_partitioned: Whether it is ZeRO-3's.
     """
 
     def __init__(self, engine: Any, *, layers_per_bucket: int, timeout_s: float) -> None:
         self._module: nn.Module = engine.module
-        self._is_partitioned = engine.zero_optimization_stage() == 3
+        self.is_partitioned = engine.zero_optimization_stage() == 3
         self._layers_per_bucket = layers_per_bucket
         self._arena: Arena | None = None
-        is_collective = self._is_partitioned and dist.get_world_size() > 1
+        is_collective = self.is_partitioned and dist.get_world_size() > 1
         self._agreement = RankAgreement(timeout_s) if is_collective else None
 
     @property
     def strategy(self) -> Strategy:
         """How the next materialisation would go about it."""
-        if not self._is_partitioned:
+        if not self.is_partitioned:
             return "resident"
         own = [p for p in self._module.parameters() if not getattr(p, "ds_persist", False)]
         if own and all(_status(p) is ZeroParamStatus.AVAILABLE for p in own):
@@ -91,7 +94,10 @@ class WeightSource:
 
     @contextmanager
     def materialised(
-        self, layers: Iterable[nn.Module] = (), meet: Callable[[], None] = lambda: None
+        self,
+        layers: Iterable[nn.Module] = (),
+        groups: Groups = (),
+        meet: Callable[[], None] = lambda: None,
     ) -> Iterator[Materialisation]:
         """Whole parameters, eval mode, DeepSpeed's hooks aside; all undone on exit.
 
@@ -100,6 +106,7 @@ class WeightSource:
 
         Args:
             layers: Decoder layers, for bucketing.
+            groups: Parameters that shall lie side by side where they are laid out anew.
             meet: Called before the first gather and after the last; raises on every rank
                 if one of them has failed by then.
 
@@ -127,7 +134,7 @@ class WeightSource:
                 )
                 return
             parameters = list(self._module.parameters())
-            arena = self._arena_of(parameters)
+            arena = self._arena_of(parameters, groups)
             partitioned = [_Partition(parameter) for parameter in parameters]
             try:
                 with InterruptsHeld():
@@ -163,10 +170,10 @@ class WeightSource:
 
         return forward
 
-    def _arena_of(self, parameters: Sequence[nn.Parameter]) -> Arena:
-        if self._arena is None or not self._arena.holds(parameters):
+    def _arena_of(self, parameters: Sequence[nn.Parameter], groups: Groups) -> Arena:
+        if self._arena is None or not self._arena.holds(parameters, groups):
             self._arena = None
-            self._arena = Arena(parameters)
+            self._arena = Arena(parameters, groups)
         return self._arena
 
     def _gather(
