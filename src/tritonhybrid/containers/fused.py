@@ -11,6 +11,7 @@ from torch import nn
 
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.description import LayerDescription
+from tritonhybrid.containers.joined import joined
 from tritonhybrid.containers.projection import Projection, is_plain
 from tritonhybrid.containers.rope import RopeTable
 from tritonhybrid.kv_cache import PagedKVCache
@@ -65,6 +66,8 @@ class FusedLayer:
             )
         )
         self.qkv_is_raw = self.q.is_raw and self.k.is_raw and self.v.is_raw
+        # Triton's kernel reads three weights in one launch; torch would call three products.
+        self._joined = self._join_qkv() if self.qkv_is_raw and ops.backend == "torch" else None
         # A gated activation with unequal casts would need its own op; these are HF's.
         self.mlp_is_raw = self.gate.is_raw and self.up.is_raw
 
@@ -116,8 +119,26 @@ class FusedLayer:
             y = _ACTIVATION[d.activation](self.gate(y)) * self.up(y)
         return self._add(self.down, y, x)
 
+    def _join_qkv(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight and bias of q, k and v as one matrix, where they lie side by side."""
+        projections = (self.q, self.k, self.v)
+        weight = joined(*(p.weight for p in projections if p.weight is not None))
+        biases = [p.bias for p in projections if p.bias is not None]
+        bias = joined(*biases) if len(biases) == len(projections) else None
+        if weight is None or (biases and bias is None):
+            return None
+        return weight, bias
+
     def _qkv(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self.q, self.k, self.v
+        if self._joined is not None:
+            d = self.description
+            kv_columns = d.num_kv_heads * d.head_dim
+            both = self.ops.linear(y, *self._joined)
+            split: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = both.split(
+                (d.num_heads * d.head_dim, kv_columns, kv_columns), dim=1
+            )
+            return split
         if self.qkv_is_raw:
             out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = self.ops.qkv_linear(
                 y, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias
