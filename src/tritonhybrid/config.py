@@ -38,7 +38,8 @@ class HybridConfig:
         consistent: Bit-equal log-probabilities in rollout and training.
         backend: "triton", "torch" or "auto" (triton on CUDA, torch elsewhere).
         torch_ops: Operations that take their torch path even on the Triton backend.
-        sync_timeout_s: Seconds that a rank waits for the others of a collective call.
+        sync_timeout_s: Seconds that a rank waits for the others of a collective call, in
+            DeepSpeed's gathers too while it lasts.
 
     Raises:
         ConfigError: A value is out of range, or names a feature not built yet.

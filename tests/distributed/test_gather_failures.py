@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from models import (
 from ranks import RankError, RankPool
 from training_state import differences, snapshot
 
-from tritonhybrid import HybridConfig, SamplingParams
+from tritonhybrid import HybridConfig, RankFailureError, SamplingParams
 from tritonhybrid.runner import Runner
 from tritonhybrid.weights.arena import Arena
 from tritonhybrid.weights.gather_guard import GatherGuard
@@ -339,6 +340,16 @@ def test_a_device_that_waits_for_a_failed_rank_is_given_up(lost_ranks, kind, sec
     assert error.startswith(f"{FAILED_1} {said}")
     assert LOST in error
     assert waited_s < seconds
+
+
+@pytest.mark.parametrize("is_group_lost", [False, True])
+def test_a_rank_failure_crosses_processes(is_group_lost):
+    error = RankFailureError(3, "ValueError: on purpose", is_group_lost)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.rank, copy.message, copy.is_group_lost) == (3, error.message, is_group_lost)
+    assert str(copy) == str(error)
+    assert (LOST in str(copy)) == is_group_lost
+    assert ("call again" in str(copy)) != is_group_lost
 
 
 # After the gather.
