@@ -5,11 +5,9 @@ Source: Milakov, Gimelshein, "Online normalizer calculation for softmax" (arXiv:
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from tritonhybrid_kernels.launch import Mma, NarrowRead
 from tritonhybrid_kernels.softcap import softcap_fp32
 
 
@@ -81,17 +79,3 @@ def attend_tile(
     total = total * decay + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_maximum, total, acc
-
-
-def expected_mma(dtype: torch.dtype, block_m: int, arch: int) -> Mma:
-    """Return the matrix instruction of attention with `block_m` query rows."""
-    if dtype == torch.float32:
-        return "none"
-    return "HGMMA" if arch >= 90 and block_m >= 64 else "HMMA"
-
-
-def table_reads(block_size: int, tile: int) -> dict[str, NarrowRead]:
-    """Return how the audit finds the block table read: by key where a tile spans blocks."""
-    if block_size % tile == 0:
-        return {}
-    return {"block_table_ptr": NarrowRead(32, "one entry a key, beside its K * E numbers")}

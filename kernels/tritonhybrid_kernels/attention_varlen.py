@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma, table_reads
-from tritonhybrid_kernels.launch import (
-    LaunchCase,
-    check_launchable,
-    check_operands,
-    check_shape,
-    device_arch,
-    launch_options,
-    require,
-)
-from tritonhybrid_kernels.paged_cache import check_absent, check_attention, check_index
+from tritonhybrid_kernels.attention_config import AttentionConfig, attention_config
+from tritonhybrid_kernels.attention_tile import attend_tile
+from tritonhybrid_kernels.launch import LaunchCase, check_launchable, device_arch, launch_options
+from tritonhybrid_kernels.paged_cache import check_attention, check_index
 
 
 @triton.jit
@@ -121,7 +113,11 @@ def _attention_varlen_kernel(
         whole_begin = (tl.maximum(last_position - window + 1, 0) + TILE - 1) // TILE * TILE
         whole_begin = tl.minimum(whole_begin, (end + TILE - 1) // TILE * TILE)
         whole_end = tl.maximum(whole_begin, whole_end)
-        for start in range(begin, whole_begin, TILE):
+    # Three ranges of tiles: cut by the window's edge, seen whole by every row, cut by the diagonal.
+    for part in tl.static_range(0 if HAS_WINDOW else 1, 3):
+        first = begin if part == 0 else whole_begin if part == 1 else whole_end
+        last = whole_begin if part == 0 else whole_end if part == 1 else end
+        for start in range(first, last, TILE):
             maximum, total, acc = attend_tile(
                 q,
                 maximum,
@@ -143,103 +139,14 @@ def _attention_varlen_kernel(
                 BLOCK_SIZE,
                 TILE,
                 BLOCK_E,
-                True,
+                part != 1,
                 HAS_SOFTCAP,
                 HAS_WINDOW,
             )
-    for start in range(whole_begin, whole_end, TILE):
-        maximum, total, acc = attend_tile(
-            q,
-            maximum,
-            total,
-            acc,
-            k_ptr,
-            v_ptr,
-            table_ptr,
-            stride_kn,
-            stride_vn,
-            start,
-            num_keys,
-            positions,
-            scale,
-            softcap,
-            window,
-            HEAD_DIM,
-            STRIDE_SLOT,
-            BLOCK_SIZE,
-            TILE,
-            BLOCK_E,
-            False,
-            HAS_SOFTCAP,
-            HAS_WINDOW,
-        )
-    for start in range(whole_end, end, TILE):
-        maximum, total, acc = attend_tile(
-            q,
-            maximum,
-            total,
-            acc,
-            k_ptr,
-            v_ptr,
-            table_ptr,
-            stride_kn,
-            stride_vn,
-            start,
-            num_keys,
-            positions,
-            scale,
-            softcap,
-            window,
-            HEAD_DIM,
-            STRIDE_SLOT,
-            BLOCK_SIZE,
-            TILE,
-            BLOCK_E,
-            True,
-            HAS_SOFTCAP,
-            HAS_WINDOW,
-        )
     # Only a sequence without keys has rows that saw none.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_ptrs = out_ptr + (rows * stride_ot + head * HEAD_DIM)[:, None] + offs_e[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-class AttentionConfig(NamedTuple):
-    """Tile sizes and compile options of a prefill attention launch."""
-
-    block_m: int
-    tile: int
-    num_warps: int
-    num_stages: int
-
-
-def attention_config(
-    max_rows: int | None, group: int, head_dim: int, dtype: torch.dtype, arch: int
-) -> AttentionConfig:
-    """Choose the tiles of a launch.
-
-    Args:
-        max_rows: most query rows (queries times `group`) of a sequence, None when unknown.
-        group: query heads a KV head.
-        head_dim: E.
-        dtype: of q and the caches.
-        arch: compute capability, e.g. 90.
-    """
-    wide = head_dim > 128
-    if dtype == torch.float32:
-        # Without tensor cores the accumulator must fit the registers beside both operands.
-        chosen = AttentionConfig(16 if wide else 32, 16, 8, 2)
-    elif max_rows is not None and max_rows <= 16:
-        chosen = AttentionConfig(16, 32 if wide else 64, 4, 2)
-    elif max_rows is not None and max_rows <= 64:
-        chosen = AttentionConfig(64, 32 if wide else 64, 4 if arch >= 90 else 8, 2)
-    elif arch >= 90:
-        chosen = AttentionConfig(128, 32 if wide else 64, 8, 2)
-    else:
-        chosen = AttentionConfig(64 if wide else 128, 32 if wide else 64, 8, 2)
-    # One query's heads are the least a program takes.
-    return chosen._replace(block_m=max(chosen.block_m, triton.next_power_of_2(group)))
 
 
 def attention_varlen(
@@ -284,21 +191,23 @@ def attention_varlen(
         KernelArgumentError: a shape, dtype, device or stride is not as above.
     """
     op = "attention_varlen"
-    check_absent(op, sinks=sinks, alibi_slopes=alibi_slopes)
-    check_operands(op, q=q, k_cache=k_cache, v_cache=v_cache, out=out)
-    check_attention(op, q, k_cache, v_cache, block_table, context_lens, window, softcap)
+    check_attention(
+        op,
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        context_lens,
+        out,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )
     num_seqs = block_table.shape[0]
     check_index(op, "cu_seqlens_q", cu_seqlens_q, num_seqs + 1, torch.int32, q.device)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    check_shape(op, "out", out, tuple(q.shape))
-    require(
-        out[:1].is_contiguous(),
-        f"{op}: the heads of out must follow each other",
-        "contiguous [H, E]",
-        f"strides {out.stride()}",
-        "Allocate out as [T, H, E].",
-    )
     num_tokens, num_heads, head_dim = q.shape
     if num_tokens == 0:
         return out
@@ -325,34 +234,11 @@ def attention_varlen(
         scale,
         softcap or 0.0,
         window or 0,
-        **_constants(config, group, num_kv_heads, head_dim, block_size, softcap, window),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.constants(group, num_kv_heads, head_dim, block_size, softcap, window),
+        **config.options,
         **launch_options(q.device),
     )
     return out
-
-
-def _constants(
-    config: AttentionConfig,
-    group: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    softcap: float | None,
-    window: int | None,
-) -> dict[str, Any]:
-    return {
-        "GROUP": group,
-        "NUM_KV_HEADS": num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_SIZE": block_size,
-        "BLOCK_M": config.block_m,
-        "TILE": config.tile,
-        "BLOCK_E": triton.next_power_of_2(head_dim),
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_WINDOW": window is not None,
-    }
 
 
 def audit_cases(arch: int) -> Iterator[LaunchCase]:
@@ -380,11 +266,11 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                 *(17, row, block_size * slot, block_size * slot, 128, row),
                 *(0.125, softcap or 0.0, window or 0),
             ),
-            constants=_constants(config, group, 8, head_dim, block_size, softcap, window),
-            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-            mma=expected_mma(dtype, config.block_m, arch),
+            constants=config.constants(group, 8, head_dim, block_size, softcap, window),
+            options=config.options,
+            mma=config.expected_mma(dtype, arch),
             streams=("q_ptr", "k_cache_ptr", "v_cache_ptr"),
-            narrow=table_reads(block_size, config.tile),
+            narrow=config.table_reads(block_size),
         )
 
 

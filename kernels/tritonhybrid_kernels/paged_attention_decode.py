@@ -16,43 +16,32 @@ Source: Dao et al., "Flash-Decoding for long-context inference" (2023); Kwon et 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonhybrid_kernels.attention_tile import attend_tile, expected_mma, table_reads
+from tritonhybrid_kernels.attention_config import decode_config
+from tritonhybrid_kernels.attention_tile import attend_tile
 from tritonhybrid_kernels.attention_varlen import attention_varlen_ref
 from tritonhybrid_kernels.dependent_launch import await_predecessor
 from tritonhybrid_kernels.host_decode import decode_on_host
+from tritonhybrid_kernels.key_splits import (
+    merge_cases,
+    merge_splits,
+    num_splits_for,
+    split_range,
+    workspace_size,
+)
 from tritonhybrid_kernels.launch import (
     LaunchCase,
-    NarrowRead,
     check_launchable,
-    check_operands,
     check_shape,
     decode_options,
     require,
 )
-from tritonhybrid_kernels.paged_cache import check_absent, check_attention
-
-# Multiprocessors of an H100 or H200, unless the caller knows better.
-_NUM_SMS: Final = 132
-
-# Splits that the merge loads at a time.
-_MERGED_SPLITS: Final = 16
-
-
-@triton.jit
-def _split_range(num_keys, begin, split, num_splits, TILE: tl.constexpr):
-    """Return a split's keys [first, end), whole tiles but for the last, and the splits in use."""
-    tiles = (num_keys + TILE - 1) // TILE - begin // TILE
-    per_split = tl.maximum((tiles + num_splits - 1) // num_splits, 1)
-    first = begin // TILE * TILE + split * per_split * TILE
-    used = (tiles + per_split - 1) // per_split
-    return first, tl.minimum(first + per_split * TILE, num_keys), used
+from tritonhybrid_kernels.paged_cache import check_attention
 
 
 @triton.jit(do_not_specialize=["num_splits", "window"])
@@ -95,7 +84,7 @@ def _paged_attention_decode_kernel(
     begin = 0
     if HAS_WINDOW:
         begin = tl.maximum(num_keys - window, 0)
-    first, end, _ = _split_range(num_keys, begin, split, num_splits, TILE)
+    first, end, _ = split_range(num_keys, begin, split, num_splits, TILE)
     if IS_SPLIT and first >= end:
         return
     offs_m = tl.arange(0, BLOCK_M)
@@ -148,103 +137,6 @@ def _paged_attention_decode_kernel(
         tl.store(out_ptr + sequence * stride_ob + in_heads, acc.to(q.dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_splits", "window"])
-def _merge_splits_kernel(
-    values_ptr,  # [B, H, num_splits, E] fp32
-    stats_ptr,  # [B, H, num_splits, 2] fp32
-    context_lens_ptr,  # [B]
-    out_ptr,  # [B, H, E]
-    num_splits,
-    stride_ob,
-    window,
-    HEAD_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        await_predecessor()
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    num_keys = tl.load(context_lens_ptr + sequence)
-    begin = 0
-    if HAS_WINDOW:
-        begin = tl.maximum(num_keys - window, 0)
-    _, _, used = _split_range(num_keys, begin, 0, num_splits, TILE)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_e = tl.arange(0, BLOCK_E)
-    mask_e = offs_e < HEAD_DIM
-    part = (sequence * tl.num_programs(1) + head) * num_splits
-    maximum = float("-inf")
-    total = 0.0
-    acc = tl.zeros((BLOCK_E,), tl.float32)
-    for first in range(0, used, BLOCK_S):
-        splits = part + first + offs_s
-        is_used = first + offs_s < used
-        split_maximum = tl.load(stats_ptr + splits * 2, mask=is_used, other=float("-inf"))
-        split_total = tl.load(stats_ptr + splits * 2 + 1, mask=is_used, other=0.0)
-        values = tl.load(
-            values_ptr + (splits * HEAD_DIM)[:, None] + offs_e[None, :],
-            mask=is_used[:, None] & mask_e[None, :],
-            other=0.0,
-        )
-        new_maximum = tl.maximum(maximum, tl.max(split_maximum, axis=0))
-        # Every split in use has seen a key, so the maximum is finite unless a score is not.
-        weights = tl.exp2(split_maximum - new_maximum)
-        decay = tl.exp2(maximum - new_maximum)
-        total = total * decay + tl.sum(split_total * weights, axis=0)
-        acc = acc * decay + tl.sum(values * weights[:, None], axis=0)
-        maximum = new_maximum
-    acc = acc / tl.where(total > 0, total, 1.0)
-    out_ptrs = out_ptr + sequence * stride_ob + head * HEAD_DIM + offs_e
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_e)
-
-
-class DecodeConfig(NamedTuple):
-    """Tile sizes and compile options of a decode attention launch."""
-
-    block_m: int
-    tile: int
-    num_warps: int
-    num_stages: int
-
-
-def decode_config(group: int, head_dim: int, dtype: torch.dtype) -> DecodeConfig:
-    """Choose the tiles of a launch from the query heads a KV head, E and the dtype."""
-    # The matrix instruction takes 16 rows at least.
-    block_m = max(16, triton.next_power_of_2(group))
-    if dtype == torch.float32:
-        return DecodeConfig(block_m, 16 if head_dim > 128 else 32, 8, 2)
-    # The table read before a tile takes half of the pipeline's stages: five keep two tiles of
-    # keys and values in flight.
-    return DecodeConfig(block_m, 32 if head_dim > 128 else 64, 4 if block_m <= 32 else 8, 5)
-
-
-def num_splits_for(
-    batch: int, num_kv_heads: int, max_keys: int, tile: int, num_sms: int = _NUM_SMS
-) -> int:
-    """Choose into how many ranges the keys of a sequence are split, from shapes only.
-
-    Args:
-        batch: B.
-        num_kv_heads: K.
-        max_keys: slots a row of the block table can name, MB * S.
-        tile: keys a step of the kernel takes.
-        num_sms: multiprocessors of the device.
-    """
-    # Twice as many programs as multiprocessors hides the latency of one's loads behind another's
-    # and evens out unequal lengths; a split holds a tile at least.
-    wanted = -(-2 * num_sms // max(1, batch * num_kv_heads))
-    return max(1, min(wanted, -(-max_keys // tile)))
-
-
-def workspace_size(batch: int, num_heads: int, head_dim: int, num_splits: int) -> int:
-    """Return the fp32 elements of the partial results of a launch; 0 without splits."""
-    return batch * num_heads * num_splits * (head_dim + 2) if num_splits > 1 else 0
-
-
 def paged_attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -286,21 +178,23 @@ def paged_attention_decode(
         KernelArgumentError: a shape, dtype, device or stride is not as above.
     """
     op = "paged_attention_decode"
-    check_absent(op, sinks=sinks, alibi_slopes=alibi_slopes)
-    check_operands(op, q=q, k_cache=k_cache, v_cache=v_cache, out=out)
-    check_attention(op, q, k_cache, v_cache, block_table, context_lens, window, softcap)
+    check_attention(
+        op,
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        context_lens,
+        out,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )
     batch, num_heads, head_dim = q.shape
     check_shape(op, "block_table", block_table, (batch, block_table.shape[1]))
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    check_shape(op, "out", out, (batch, num_heads, head_dim))
-    require(
-        out[:1].is_contiguous(),
-        f"{op}: the heads of out must follow each other",
-        "contiguous [H, E]",
-        f"strides {out.stride()}",
-        "Allocate out as [B, H, E].",
-    )
     if batch == 0:
         return out
     check_launchable(op, q.device)
@@ -332,7 +226,6 @@ def paged_attention_decode(
         "Allocate workspace_size(...) elements.",
     )
     values, stats = workspace, workspace[size - size // (head_dim + 2) * 2 :]
-    constants = _constants(config, group, num_kv_heads, head_dim, block_size, softcap, window)
     _paged_attention_decode_kernel[(batch, num_kv_heads, num_splits)](
         q,
         k_cache,
@@ -351,52 +244,14 @@ def paged_attention_decode(
         scale,
         softcap or 0.0,
         window or 0,
-        **constants,
+        **config.constants(group, num_kv_heads, head_dim, block_size, softcap, window),
         IS_SPLIT=num_splits > 1,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
         **decode_options(q.device),
     )
     if num_splits > 1:
-        _merge_splits_kernel[(batch, num_heads)](
-            values,
-            stats,
-            context_lens,
-            out,
-            num_splits,
-            out.stride(0),
-            window or 0,
-            HEAD_DIM=head_dim,
-            TILE=config.tile,
-            BLOCK_E=constants["BLOCK_E"],
-            BLOCK_S=_MERGED_SPLITS,
-            HAS_WINDOW=window is not None,
-            num_warps=4,
-            **decode_options(q.device),
-        )
+        merge_splits(values, stats, context_lens, out, num_splits, config.tile, window)
     return out
-
-
-def _constants(
-    config: DecodeConfig,
-    group: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    softcap: float | None,
-    window: int | None,
-) -> dict[str, Any]:
-    return {
-        "GROUP": group,
-        "NUM_KV_HEADS": num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_SIZE": block_size,
-        "BLOCK_M": config.block_m,
-        "TILE": config.tile,
-        "BLOCK_E": triton.next_power_of_2(head_dim),
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_WINDOW": window is not None,
-    }
 
 
 def audit_cases(arch: int) -> Iterator[LaunchCase]:
@@ -425,34 +280,16 @@ def audit_cases(arch: int) -> Iterator[LaunchCase]:
                 *(0.125, softcap or 0.0, window or 0),
             ),
             constants={
-                **_constants(config, group, 8, head_dim, block_size, softcap, window),
+                **config.constants(group, 8, head_dim, block_size, softcap, window),
                 "IS_SPLIT": is_split,
                 "PDL": False,
             },
-            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
-            mma=expected_mma(dtype, config.block_m, arch),
+            options=config.options,
+            mma=config.expected_mma(dtype, arch),
             streams=("q_ptr", "k_cache_ptr", "v_cache_ptr"),
-            narrow=table_reads(block_size, config.tile),
+            narrow=config.table_reads(block_size),
         )
-    for head_dim in (64, 128):
-        yield LaunchCase(
-            op="paged_attention_decode",
-            label=f"merge of {head_dim} columns",
-            kernel=_merge_splits_kernel,
-            args=(fp32, fp32, torch.int32, bf16, 33, 32 * head_dim, 0),
-            constants={
-                "HEAD_DIM": head_dim,
-                "TILE": 64,
-                "BLOCK_E": head_dim,
-                "BLOCK_S": _MERGED_SPLITS,
-                "HAS_WINDOW": False,
-                "PDL": False,
-            },
-            options={"num_warps": 4},
-            mma="none",
-            streams=("values_ptr",),
-            narrow={"stats_ptr": NarrowRead(32, "two numbers a split, beside its row of values")},
-        )
+    yield from merge_cases()
 
 
 def paged_attention_decode_ref(

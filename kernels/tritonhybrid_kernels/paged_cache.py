@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonhybrid_kernels.launch import check_rank, check_shape, require
+from tritonhybrid_kernels.launch import check_operands, check_rank, check_shape, require
 
 
 def check_paged_cache(op: str, k_cache: Tensor, v_cache: Tensor, head_dim: int) -> None:
@@ -71,14 +71,28 @@ def check_attention(
     v_cache: Tensor,
     block_table: Tensor,
     context_lens: Tensor,
+    out: Tensor | None,
+    *,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> None:
-    """Check what prefill and decode attention share besides the operands' dtype and device.
+    """Check what the launchers of prefill and decode attention share.
 
     Raises:
-        KernelArgumentError: a shape, dtype, stride or number is not as their docstrings say.
+        KernelArgumentError: a shape, dtype, device, stride or number is not as their docstrings
+            say, or a feature without a Triton kernel is asked for; the message names it.
     """
+    for name, feature in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        require(
+            feature is None,
+            f"{op}: {name} has no Triton kernel yet",
+            None,
+            type(feature).__name__,
+            f"Run the torch path: select_ops('triton', torch_ops=frozenset({{'{op}'}})).",
+        )
+    check_operands(op, q=q, k_cache=k_cache, v_cache=v_cache, out=out)
     check_rank(op, "q", q, 3, "[tokens, H, E]")
     check_heads(op, "q", q)
     check_paged_cache(op, k_cache, v_cache, q.shape[2])
@@ -115,19 +129,12 @@ def check_attention(
         softcap,
         "Pass None for uncapped scores.",
     )
-
-
-def check_absent(op: str, **features: object) -> None:
-    """Check that score features without a Triton kernel are not asked for.
-
-    Raises:
-        KernelArgumentError: one is given; the message names it.
-    """
-    for name, value in features.items():
+    if out is not None:
+        check_shape(op, "out", out, tuple(q.shape))
         require(
-            value is None,
-            f"{op}: {name} has no Triton kernel yet",
-            None,
-            type(value).__name__,
-            f"Run the torch path: select_ops('triton', torch_ops=frozenset({{'{op}'}})).",
+            out[:1].is_contiguous(),
+            f"{op}: the heads of out must follow each other",
+            "contiguous [H, E]",
+            f"strides {out.stride()}",
+            "Allocate out as [tokens, H, E].",
         )

@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tritonhybrid_kernels.attention_varlen import (
-    AttentionConfig,
-    attention_varlen,
-    attention_varlen_ref,
-)
+from tritonhybrid_kernels.attention_config import AttentionConfig
+from tritonhybrid_kernels.attention_varlen import attention_varlen, attention_varlen_ref
 from tritonhybrid_kernels.errors import KernelArgumentError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

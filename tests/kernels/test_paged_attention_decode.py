@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from tritonhybrid_kernels.errors import KernelArgumentError
+from tritonhybrid_kernels.key_splits import num_splits_for, workspace_size
 from tritonhybrid_kernels.paged_attention_decode import (
-    num_splits_for,
     paged_attention_decode,
     paged_attention_decode_ref,
-    workspace_size,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
