@@ -77,8 +77,10 @@ class HybridConfig:
             _positive("block_size", self.block_size)
         if self.backend not in ("auto", "triton", "torch"):
             raise _refusal("backend", "'auto', 'triton' or 'torch'", self.backend, "Pick one.")
-        if not isinstance(self.sync_timeout_s, int | float) or not self.sync_timeout_s > 0:
-            raise _refusal("sync_timeout_s", "seconds > 0", self.sync_timeout_s, "Raise it.")
+        if not isinstance(self.sync_timeout_s, int | float) or not (0 < self.sync_timeout_s < 1e8):
+            raise _refusal(
+                "sync_timeout_s", "seconds > 0, less than 1e8", self.sync_timeout_s, "Raise it."
+            )
         if not isinstance(self.torch_ops, list | tuple | set | frozenset):
             raise _refusal(
                 "torch_ops", "a list of operations", self.torch_ops, "Pass a list of names."
@@ -108,7 +110,8 @@ def resolve(
     """Merge what ``wrap`` was given over the ``hybrid_engine`` block of the engine's JSON.
 
     Args:
-        given: ``wrap``'s config argument; a HybridConfig stands as it is.
+        given: ``wrap``'s config argument; of a HybridConfig the fields that differ from
+            their defaults.
         deepspeed_keys: The user's own ``hybrid_engine`` keys; ``enabled`` is
             ignored because ``wrap`` is the switch, and DeepSpeed's
             ``enable_cuda_graph: false`` default never reaches here unless named.
@@ -120,7 +123,11 @@ def resolve(
         ConfigError: A key is unknown or a value is refused.
     """
     if isinstance(given, HybridConfig):
-        return given
+        given = {
+            field.name: value
+            for field in dataclasses.fields(given)
+            if (value := getattr(given, field.name)) != field.default
+        }
     if given is not None and not isinstance(given, Mapping):
         raise _refusal(
             "config", "a HybridConfig, a dict or None", type(given).__name__, "Pass a dict."

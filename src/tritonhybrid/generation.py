@@ -40,6 +40,7 @@ from tritonhybrid_kernels.ops import Ops, select_ops
 logger = logging.getLogger("tritonhybrid")
 
 DEFAULT_BLOCK_SIZE = 64
+_MAX_VERDICTS = 64
 
 
 class Generation:
@@ -140,6 +141,12 @@ class Generation:
                 stats.note(
                     "the caller has gathered the weights, at addresses that change each call; "
                     "ds3_gather_for_generation=False lets this engine gather into its own arena"
+                )
+            if weights.autocast_dtype is not None:
+                self._announce(
+                    stats,
+                    f"autocast to {weights.autocast_dtype} is off inside the call: it computes in "
+                    f"the weights' {causal_model(self.module).dtype}",
                 )
             if weights.was_training and sequences:
                 self._announce(
@@ -243,6 +250,9 @@ class Generation:
         if verdict is None:
             verdict = probe(parts, plans, ops)
             if verdict.is_lasting:
+                # Hooks that come and go with each call make new keys without end.
+                if len(self._verdicts) >= _MAX_VERDICTS:
+                    self._verdicts.clear()
                 self._verdicts[key] = verdict
         return verdict, "; ".join(verdict.notes)
 

@@ -58,8 +58,12 @@ _SERVED_PROCESSORS = (
     MinPLogitsWarper,
 )
 _SERVED_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+# transformers 5.24 calls past_key_values cache.
+_CACHES = ("cache", "past_key_values")
 # A tokenizer serves stop strings; HF hands it to its own decodings only.
+# A cache that the caller hands over is to be filled, or read: ours has another shape.
 _OWN_DECODING = (
+    *_CACHES,
     "assistant_model",
     "custom_generate",
     "logits_processor",
@@ -69,8 +73,6 @@ _OWN_DECODING = (
     "tokenizer",
 )
 _PARAMETERS = tuple(signature(GenerationMixin.generate).parameters)[1:]
-# transformers 5.24 calls past_key_values cache.
-_CACHES = ("cache", "past_key_values")
 _MODEL_KWARGS = {
     "attention_mask",
     "position_ids",
@@ -179,9 +181,6 @@ def _not_served(
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             return name
-    for name in _CACHES:
-        if _has_content(model_kwargs.get(name)):
-            return f"{name} with content"
     foreign = sorted(
         name
         for name, value in model_kwargs.items()
@@ -195,8 +194,10 @@ def _not_served(
     positions = model_kwargs.get("position_ids")
     if positions is not None and not _are_default(positions, mask, input_ids.shape[1]):
         return "position_ids of its own"
-    if input_ids.shape[1] == 0:
+    if input_ids.numel() == 0:
         return "an empty prompt"
+    if config.do_sample and config.top_p == 0:
+        return "top_p of 0"
     return None
 
 
@@ -225,14 +226,6 @@ def _unlike_ours(
         if max(map(len, config.bad_words_ids)) > int(mask.sum(1).min()) + 1:
             return "bad_words_ids that reach into padding"
     return None
-
-
-def _has_content(cache: Any) -> bool:
-    try:
-        return cache is not None and cache.get_seq_length() > 0
-    except ValueError:
-        # A cache of recurrent states alone has no length; HF's loop serves its model anyway.
-        return False
 
 
 def _are_default(positions: torch.Tensor, mask: torch.Tensor | None, length: int) -> bool:

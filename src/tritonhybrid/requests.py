@@ -129,12 +129,21 @@ def _ragged(prompts: Any, attention_mask: torch.Tensor | None) -> list[tuple[int
             )
         if attention_mask is None:
             return [tuple(row) for row in prompts.tolist()]
-        if attention_mask.shape != prompts.shape:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != prompts.shape:
             raise _refusal(
                 "attention_mask belongs to the prompts",
                 tuple(prompts.shape),
-                tuple(attention_mask.shape),
+                tuple(getattr(attention_mask, "shape", ())) or type(attention_mask).__name__,
                 "Pass a mask of the prompts' shape.",
+            )
+        real = attention_mask.ne(0).int()
+        starts = real.diff(dim=1, prepend=real.new_zeros(real.shape[0], 1)) == 1
+        if bool((starts.sum(1) > 1).any()):
+            raise _refusal(
+                "attention_mask pads the ends of a prompt, not its middle",
+                "ones in one run a row",
+                "a row with a hole",
+                "Take the tokens out of the prompt, or pass lists of token ids.",
             )
         return [
             tuple(token for token, real in zip(row, mask, strict=True) if real)
@@ -189,11 +198,15 @@ def _one_each(sampling: SamplingParams | Sized[SamplingParams], count: int) -> l
 
 
 def _check_uids(uids: Sized[int], count: int) -> None:
-    if len(uids) != count or any(isinstance(u, bool) or not isinstance(u, int) for u in uids):
+    if (
+        not isinstance(uids, Sized)
+        or len(uids) != count
+        or any(isinstance(u, bool) or not isinstance(u, int) for u in uids)
+    ):
         raise _refusal(
             "uids are one whole number a prompt",
             f"{count} integers",
-            f"{len(uids)} values",
+            f"{len(uids)} values" if isinstance(uids, Sized) else type(uids).__name__,
             "Pass one uid for each prompt.",
         )
     outside = [uid for uid in uids if not -(2**63) <= uid < 2**63]

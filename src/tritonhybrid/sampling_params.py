@@ -89,14 +89,20 @@ class SamplingParams:
         _whole("min_new_tokens", self.min_new_tokens, 0)
         _whole("n", self.n, 1)
         _whole("top_k", self.top_k, 0)
-        _real("temperature", self.temperature, lambda x: x >= 0, "a number >= 0")
+        _real(
+            "temperature",
+            self.temperature,
+            lambda x: x == 0 or _is_divisor(x),
+            "0 or a number in [1e-6, 1e6]",
+        )
         _real("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
         _real("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-        _real("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "a number > 0")
+        _real("repetition_penalty", self.repetition_penalty, _is_divisor, "a number in [1e-6, 1e6]")
         for name in ("presence_penalty", "frequency_penalty"):
             _real(name, getattr(self, name), lambda x: -2 <= x <= 2, "a number in [-2, 2]")
         _whole("top_logprobs", self.top_logprobs, 0)
-        _flag("entropy", self.entropy)
+        for name in ("ignore_eos", "logprobs", "entropy"):
+            _flag(name, getattr(self, name))
         _flag("skip_special_tokens", self.skip_special_tokens)
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
@@ -131,12 +137,14 @@ class SamplingParams:
                 )
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        if any(not isinstance(text, str) or not text for text in self.stop):
+        if not isinstance(self.stop, Sequence) or any(
+            not isinstance(text, str) or not text for text in self.stop
+        ):
             raise ConfigError(
                 explain(
                     "SamplingParams.stop takes strings that are not empty",
                     expected="non-empty strings",
-                    got=list(self.stop),
+                    got=repr(self.stop),
                     hint="Remove the empty entries.",
                 )
             )
@@ -178,6 +186,11 @@ class SamplingParams:
 def listed(ids: int | Sequence[int] | None) -> Sequence[int]:
     """One token id, several or none, as several."""
     return () if ids is None else (ids,) if isinstance(ids, int) else ids
+
+
+def _is_divisor(value: float) -> bool:
+    """Whether logits divided by it stay numbers in fp32."""
+    return 1e-6 <= value <= 1e6
 
 
 def _whole(name: str, value: object, least: int | None) -> None:
@@ -272,7 +285,8 @@ def _flag(name: str, value: object) -> None:
 
 
 def _real(name: str, value: object, is_in_range: Callable[[float], bool], expected: str) -> None:
-    if isinstance(value, int | float) and math.isfinite(value) and is_in_range(value):
+    # Comparisons alone: a whole number may be too large for a float.
+    if isinstance(value, int | float) and not isinstance(value, bool) and is_in_range(value):
         return
     raise ConfigError(
         explain(

@@ -106,6 +106,15 @@ REFUSED_ROLLOUTS = {
         "SamplingParams",
     ),
     "uids of another count": (rolls_out(PROMPTS, GREEDY, uids=[1]), "got 1 values"),
+    "uids that are no list": (rolls_out(PROMPTS, GREEDY, uids=5), "got int"),
+    "a mask that is no tensor": (
+        rolls_out(torch.tensor([[5, 6, 7]]), GREEDY, attention_mask=[[1, 1, 1]]),
+        "attention_mask belongs to the prompts: .*got list",
+    ),
+    "a mask with a hole": (
+        rolls_out(torch.tensor([[5, 6, 7]]), GREEDY, attention_mask=torch.tensor([[1, 0, 1]])),
+        "pads the ends of a prompt, not its middle",
+    ),
     "a uid twice": (rolls_out(PROMPTS, GREEDY, uids=[1, 1]), "stands twice"),
     "a uid that is no integer": (rolls_out(PROMPTS, GREEDY, uids=[1, 2.5]), "uids"),
     "a uid past 64 bits": (rolls_out(PROMPTS, GREEDY, uids=[0, 2**64]), "uids are 64-bit"),

@@ -15,6 +15,14 @@ INF, NAN = math.inf, math.nan
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"temperature": 1e-40}, r"temperature is out of range: .*\[1e-6, 1e6\], got 1e-40"),
+        ({"temperature": 10**400}, r"temperature is out of range: .*\[1e-6, 1e6\]"),
+        ({"temperature": True}, r"temperature is out of range: .*got True"),
+        ({"repetition_penalty": 1e-300}, r"repetition_penalty is out of range: .*\[1e-6, 1e6\]"),
+        ({"stop": 5}, "stop takes strings that are not empty: .*got 5"),
+        ({"stop": None}, "stop takes strings that are not empty: .*got None"),
+        ({"ignore_eos": "no"}, "ignore_eos is a switch: expected True or False, got 'no'"),
+        ({"logprobs": 5}, "logprobs is a switch: expected True or False, got 5"),
         ({"presence_penalty": 2.5}, r"presence_penalty is out of range: .*\[-2, 2\], got 2.5"),
         ({"frequency_penalty": NAN}, r"frequency_penalty is out of range: .*\[-2, 2\], got nan"),
         ({"logit_bias": [(3, 1.0)]}, r"logit_bias maps .*: expected a dict, got \[\(3, 1.0\)\]"),

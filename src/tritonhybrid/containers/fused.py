@@ -201,25 +201,21 @@ def attend(
 def obstacle(layer: nn.Module, description: LayerDescription) -> str | None:
     """Why the container may not stand in for a layer, or None if it may.
 
-    A hook on the layer, its attention, its MLP or a norm would not run, and a
-    norm's weight is read raw; hooks on projections do run (see Projection).
+    A hook on any of its modules would not run, and a norm's weight is read raw; only hooks
+    on and below projections do run (see Projection).
     """
     d = description
-    watched = {"": layer}
-    for path in (d.input_norm, d.post_attention_norm, d.q_proj, d.gate_proj):
-        parent = path.rpartition(".")[0]
-        watched[parent] = attrgetter(parent)(layer) if parent else layer
+    projections = (d.q_proj, d.k_proj, d.v_proj, d.o_proj, d.gate_proj, d.up_proj, d.down_proj)
+    for path, module in layer.named_modules():
+        if not path.startswith(projections) and not is_plain(module):
+            return f"{path or 'the layer'} has a hook, a parametrisation or a forward of its own"
     norms = [d.input_norm, d.post_attention_norm]
     if d.qk_norm_eps is not None:
         norms += [d.q_norm, d.k_norm]
     for path in norms:
-        watched[path] = attrgetter(path)(layer)
-    for path, module in watched.items():
-        if not is_plain(module):
-            return f"{path or 'the layer'} has a hook, a parametrisation or a forward of its own"
-    for path in norms:
-        if not type(watched[path]).__name__.endswith("RMSNorm"):
-            return f"{path} is a {type(watched[path]).__name__}"
+        kind = type(attrgetter(path)(layer)).__name__
+        if not kind.endswith("RMSNorm"):
+            return f"{path} is a {kind}"
     return None
 
 

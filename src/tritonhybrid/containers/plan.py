@@ -110,9 +110,9 @@ def count_paths(plans: list[LayerPlan]) -> dict[str, int]:
 def _plan_layer(index: int, layer: nn.Module) -> LayerPlan:
     try:
         description = describe(layer)
+        reason = obstacle(layer, description)
     except (NotDescribableError, AttributeError, TypeError) as error:
         return LayerPlan(index, "generic", f"{type(layer).__name__}: {error}")
-    reason = obstacle(layer, description)
     if reason is not None:
         return LayerPlan(index, "generic", reason)
     return LayerPlan(index, "fused", f"{type(layer).__name__} is described", description)

@@ -23,6 +23,7 @@ from tritonhybrid.containers.parts import ModelParts, cache_name, configs
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan, plan_layers
 from tritonhybrid.containers.rope import long_rope, short_original
+from tritonhybrid.errors import KernelArgumentError, TritonHybridError, UnsupportedModelError
 from tritonhybrid.kv_cache import LayerGeometry, PagedKVCache
 from tritonhybrid.long_rope import LongRope
 from tritonhybrid.sampling_params import SamplingParams
@@ -136,8 +137,10 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope |
     notes: list[str] = []
     try:
         reference = _run_reference(parts)
-    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        return _to_hf(f"HF's forward does not fit the packed form ({_brief(error)})")
+    except Exception as error:
+        _raise_if_not_the_models(error)
+        verdict = _to_hf(f"HF's forward does not fit the packed form ({_brief(error)})")
+        return replace(verdict, is_lasting=not _may_pass(error))
     if not (reference.hidden.isfinite().all() and reference.logits.isfinite().all()):
         # Nothing can be held against it; better weights may come with the next step.
         verdict = _to_hf("HF's own forward gives values that are not finite")
@@ -149,12 +152,16 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope |
         reason = _check_model(trial, attempt)
         if reason is None:
             return Verdict(
-                tuple(attempt), tuple(reference.geometry), reference.returns_tuple, tuple(notes)
+                tuple(attempt),
+                tuple(reference.geometry),
+                reference.returns_tuple,
+                tuple(notes),
+                is_lasting=trial.is_lasting,
             )
         notes.append(reason)
         if all(plan.path == "generic" for plan in attempt):
             break
-    return _to_hf("; ".join(notes))
+    return replace(_to_hf("; ".join(notes)), is_lasting=trial.is_lasting)
 
 
 def _check_layers(trial: _Trial, plans: list[LayerPlan], notes: list[str]) -> list[LayerPlan]:
@@ -162,7 +169,8 @@ def _check_layers(trial: _Trial, plans: list[LayerPlan], notes: list[str]) -> li
     checked = list(plans)
     try:
         errors = trial.layer_errors(plans)
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:
+        trial.forgive(error)
         notes.append(f"the fused container failed ({_brief(error)})")
         return _all_generic(plans)
     for index, distance in errors.items():
@@ -178,7 +186,8 @@ def _check_model(trial: _Trial, plans: list[LayerPlan]) -> str | None:
     name = "fused" if all(plan.path == "fused" for plan in plans) else "generic"
     try:
         hidden, logits, counts = trial.run(plans)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+    except Exception as error:
+        trial.forgive(error)
         return f"the {name} path failed ({_brief(error)})"
     expected = sum(plan.path == "generic" for plan in plans)
     if counts != (expected, expected):
@@ -210,6 +219,12 @@ class _Trial:
         self.tolerance = _TOLERANCE[self.dtype]
         # Rounding adds up over layers like a random walk.
         self.model_tolerance = self.tolerance * max(1.0, len(parts.layers) ** 0.5)
+        self.is_lasting = True
+
+    def forgive(self, error: Exception) -> None:
+        """Take a path's failure as its verdict, or raise what is no fault of the path."""
+        _raise_if_not_the_models(error)
+        self.is_lasting = self.is_lasting and not _may_pass(error)
 
     def layer_errors(self, plans: list[LayerPlan]) -> dict[int, float]:
         """Distance of each fused layer's contribution from HF's."""
@@ -371,6 +386,23 @@ def _contribution_distance(
     added = (theirs.double() - residual.double()).norm()
     rounding = torch.finfo(ours.dtype).eps * theirs.double().norm()
     return float(difference / (added + rounding).clamp_min(1e-30))
+
+
+def _raise_if_not_the_models(error: Exception) -> None:
+    """Errors of ours, and of memory, say nothing about how the model computes."""
+    refusals = (KernelArgumentError, UnsupportedModelError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, TritonHybridError) and not isinstance(error, refusals)
+    ):
+        raise error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the next call may fare better, as after a user's hook or a device that failed once.
+
+    Asked anew each call, the probe costs two tiny forwards beside HF's own loop.
+    """
+    return isinstance(error, RuntimeError)
 
 
 def _brief(error: BaseException) -> str:

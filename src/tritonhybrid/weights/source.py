@@ -36,6 +36,8 @@ class Materialisation:
         gather_bytes: Bytes that came from all-gathers on this rank.
         extra_bytes: Bytes allocated beyond the training copy.
         was_training: Whether a submodule was in training mode.
+        autocast_dtype: What the caller's autocast, or DeepSpeed's in training, would cast to;
+            None where neither is on.
     """
 
     strategy: Strategy
@@ -43,6 +45,7 @@ class Materialisation:
     gather_bytes: int
     extra_bytes: int
     was_training: bool
+    autocast_dtype: torch.dtype | None
 
 
 class WeightSource:
@@ -61,6 +64,7 @@ class WeightSource:
     """
 
     def __init__(self, engine: Any, *, layers_per_bucket: int, timeout_s: float) -> None:
+        self._engine = engine
         self._module: nn.Module = engine.module
         self.is_partitioned = engine.zero_optimization_stage() == 3
         self._layers_per_bucket = layers_per_bucket
@@ -73,10 +77,21 @@ class WeightSource:
         """How the next materialisation would go about it."""
         if not self.is_partitioned:
             return "resident"
+        # Not by ds_status: DeepSpeed, too, leaves parameters whole after a forward.
         own = [p for p in self._module.parameters() if not getattr(p, "ds_persist", False)]
-        if own and all(_status(p) is ZeroParamStatus.AVAILABLE for p in own):
+        if own and all(getattr(p, DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR, 0) for p in own):
             return "foreign"
         return "pinned"
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        kind = next(self._module.parameters()).device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        is_enabled = getattr(self._engine, "torch_autocast_enabled", None)
+        if is_enabled is None or not is_enabled():
+            return None
+        dtype: torch.dtype = self._engine.torch_autocast_dtype()
+        return dtype
 
     @property
     def arena_bytes(self) -> int:
@@ -118,11 +133,16 @@ class WeightSource:
             EngineStateError: Some rank did.
         """
         strategy = self.strategy
+        autocast_dtype = self._autocast_dtype()
         with (
             deepspeed_hooks_aside(self._module),
             eval_mode(self._module) as was_training,
             plain_linear(),
+            # What is kept for the next call must not be an inference tensor of this one.
+            torch.inference_mode(False),
             torch.no_grad(),
+            # The pages hold keys and values in the weights' dtype.
+            torch.autocast(next(self._module.parameters()).device.type, enabled=False),
         ):
             if strategy != "pinned":
                 yield Materialisation(
@@ -131,6 +151,7 @@ class WeightSource:
                     gather_bytes=0,
                     extra_bytes=0,
                     was_training=was_training,
+                    autocast_dtype=autocast_dtype,
                 )
                 return
             parameters = list(self._module.parameters())
@@ -151,6 +172,7 @@ class WeightSource:
                     gather_bytes=gathered,
                     extra_bytes=arena.num_bytes,
                     was_training=was_training,
+                    autocast_dtype=autocast_dtype,
                 )
             finally:
                 with InterruptsHeld():
