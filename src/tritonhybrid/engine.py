@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tritonhybrid.call import Call
 from tritonhybrid.config import HybridConfig, resolve
 from tritonhybrid.containers.parts import causal_model, own_generate
 from tritonhybrid.engine_compat import SeedSurface
@@ -58,7 +59,9 @@ class HybridEngine(_Base):
     ) -> RolloutOutput:
         """Sample completions of ragged prompts from the weights being trained.
 
-        With ZeRO-3 every rank must call this together; an empty list is allowed.
+        With ZeRO-3 every rank must call this together; an empty list is allowed. Not so
+        where the caller has gathered the weights: then a rank neither owes the others a
+        call nor hears of their failures.
         Torch's generators and the training state are not touched.
 
         Args:
@@ -147,7 +150,10 @@ class HybridEngine(_Base):
             def fallback(reason: str, decode: Any) -> Any:
                 return generation.run_hf_decoding(reason, decode, call)
 
-            return serve_generate(original, inputs, kwargs, native, fallback)
+            out = serve_generate(original, inputs, kwargs, native, fallback)
+            if call.stats.path == "hf":
+                _count_decoded(call, inputs, kwargs, out, module)
+            return out
 
     @property
     def stats(self) -> RolloutStats:
@@ -340,6 +346,18 @@ def _check_engine(engine: Any) -> None:
                 hint='Remove "enabled": true from the hybrid_engine block.',
             )
         )
+
+
+def _count_decoded(
+    call: Call, inputs: tuple[Any, ...], kwargs: dict[str, Any], out: Any, module: nn.Module
+) -> None:
+    """Count what HF's own decoding returned, where it began with token ids."""
+    given = inputs[0] if inputs else kwargs.get("input_ids", kwargs.get("inputs"))
+    rows = getattr(out, "sequences", out)
+    if isinstance(given, torch.Tensor) and isinstance(rows, torch.Tensor):
+        config = causal_model(module).generation_config
+        pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
+        call.count_decoded(given, kwargs.get("attention_mask"), rows, pad)
 
 
 def _limits(engine: Any, state: EngineState) -> Limits:

@@ -193,11 +193,13 @@ class Generation:
     def _with_hf_generate(self, decode: Callable[[], Any], call: Call) -> Any:
         """Decode while the module's generate is HF's: assisted decodings call it again."""
         patches = Patches()
+        start = time.perf_counter()
         try:
             patches.set(self.module, "generate", own_generate(self.module))
             with refusing_lost_prefix():
                 return call.interrupts.let_through(decode)
         finally:
+            call.stats.decode_s = time.perf_counter() - start
             patches.undo()
 
     def _serve(

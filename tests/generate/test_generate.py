@@ -442,6 +442,19 @@ def test_embeddings_as_input_are_served_by_hugging_face(engine: Any):
     assert "inputs_embeds" in engine.stats.notes[0]
 
 
+def test_what_hugging_face_decodes_is_counted(engine: Any):
+    ids = torch.tensor([[0, 0, *PROMPTS[0]], list(range(3, 5 + len(PROMPTS[0])))])
+    mask = ids.ne(0).long()
+    out = engine.generate(ids, attention_mask=mask, num_beams=2, max_new_tokens=8, do_sample=False)
+    stats = engine.stats
+    assert stats.path == "hf" and stats.decode_s > 0
+    assert stats.prompt_tokens == int(mask.sum())
+    new = out[:, ids.shape[1] :].tolist()
+    ended = [row.index(2) + 1 if 2 in row else len(row) for row in new]
+    assert stats.completion_tokens == sum(ended)
+    assert stats.tokens_per_s > 0
+
+
 def test_a_callers_cache_is_read_and_filled_as_served_by_hugging_face(engine: Any):
     ids = torch.tensor([PROMPTS[1]])
     name = cache_name(engine.module)
