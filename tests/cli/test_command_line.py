@@ -65,6 +65,8 @@ def test_a_mistyped_command_line_exits_with_2(words: list[str], capsys: pytest.C
     ("words", "complaint"),
     [
         (["demo", "--device", "cpu", "--steps", "0"], "at least one GRPO step"),
+        (["demo", "--device", "cpu", "--out", __file__], "--out is a directory"),
+        (["demo", "--device", "cpu", "--out", f"{__file__}/below"], "--out is a directory"),
         (["generate", "--model", "/nowhere", "--prompt", "x", "--n", "0"], "SamplingParams.n "),
         (
             ["generate", "--model", "/nowhere", "--prompt", "x", "--temperature", "-1"],

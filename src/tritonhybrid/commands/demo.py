@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         Exit code.
 
     Raises:
-        ConfigError: No steps are asked for, or the device is not there.
+        ConfigError: No steps are asked for, the device is not there, or --out is a file.
     """
     from tritonhybrid.demo.launch import launch
     from tritonhybrid.local_engine import choose_device
@@ -62,6 +62,16 @@ def run(options: argparse.Namespace) -> int:
                 expected="--steps >= 1",
                 got=options.steps,
                 hint="Leave --steps out for the whole recipe.",
+            )
+        )
+    in_the_way = [path for path in (options.out, *options.out.parents) if path.is_file()]
+    if in_the_way:
+        raise ConfigError(
+            explain(
+                "--out is a directory, made where it is missing",
+                expected="no file by that name",
+                got=f"the file {in_the_way[0]}",
+                hint="Name another directory.",
             )
         )
     settings = DemoSettings(

@@ -33,6 +33,8 @@ from tritonhybrid_kernels.ops import Ops
 
 # Relative L2 of a layer's contribution that rounding explains; a wrong rule is off by 0.1 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# How code that does not fit a model fails; anything else is a fault, and not for the probe to hide.
+_MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _LENGTHS = (7, 4)
 _BLOCK_SIZE = 16
 _SHORT_WINDOW = 3
@@ -137,7 +139,7 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope |
     notes: list[str] = []
     try:
         reference = _run_reference(parts)
-    except Exception as error:
+    except _MISFITS as error:
         _raise_if_not_the_models(error)
         verdict = _to_hf(f"HF's forward does not fit the packed form ({_brief(error)})")
         return replace(verdict, is_lasting=not _may_pass(error))
@@ -169,7 +171,7 @@ def _check_layers(trial: _Trial, plans: list[LayerPlan], notes: list[str]) -> li
     checked = list(plans)
     try:
         errors = trial.layer_errors(plans)
-    except Exception as error:
+    except _MISFITS as error:
         trial.forgive(error)
         notes.append(f"the fused container failed ({_brief(error)})")
         return _all_generic(plans)
@@ -186,7 +188,7 @@ def _check_model(trial: _Trial, plans: list[LayerPlan]) -> str | None:
     name = "fused" if all(plan.path == "fused" for plan in plans) else "generic"
     try:
         hidden, logits, counts = trial.run(plans)
-    except Exception as error:
+    except _MISFITS as error:
         trial.forgive(error)
         return f"the {name} path failed ({_brief(error)})"
     expected = sum(plan.path == "generic" for plan in plans)
@@ -294,6 +296,8 @@ class _Trial:
 def _run_reference(parts: ModelParts) -> _Reference:
     """Each prompt alone through HF's own forward, every layer's input and output kept."""
     usable = [t for t in range(parts.vocab_size) if t not in _special_tokens(parts)][:64]
+    if not usable:
+        raise ValueError("every token of the vocabulary is special")
     tokens = [
         tuple(usable[(7 * i + 3 * row + 1) % len(usable)] for i in range(length))
         for row, length in enumerate(_LENGTHS)
