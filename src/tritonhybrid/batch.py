@@ -14,7 +14,7 @@ from tritonhybrid.sequence import Sequence
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """T packed tokens of B sequences.
+    """T packed tokens of B sequences: one of each that decodes, then chunks of prompts.
 
     Args:
         input_ids: [T] int64.
@@ -23,12 +23,14 @@ class Batch:
             unless longrope has two tables.
         slot_mapping: [T] int64, where its key and value go (page * S + offset).
         block_table: [B, MB] int32, pages of each sequence; the tail is arbitrary.
-        cu_seqlens_q: [B + 1] int32, where each sequence's tokens begin.
         context_lens: [B] int32, keys each sequence sees, this step's included.
-        is_decode: One token a sequence.
-        max_seqlen_q: Longest run of tokens of one sequence.
-        last_rows: [B] int64, each sequence's last token; None when is_decode.
-        next_positions: [B] int64, index of the token that is to be sampled.
+        num_decodes: Sequences that come first, with one token each.
+        cu_seqlens_q: [B - num_decodes + 1] int32, where each chunk's tokens begin, counted
+            from the first chunk; None without chunks.
+        max_seqlen_q: Longest chunk, or 1.
+        last_rows: [B'] int64, the last token of each sequence that samples one; None where
+            each token is its sequence's last.
+        next_positions: [B'] int64, index of the token that is to be sampled.
     """
 
     input_ids: torch.Tensor
@@ -36,12 +38,17 @@ class Batch:
     rope_rows: torch.Tensor
     slot_mapping: torch.Tensor
     block_table: torch.Tensor
-    cu_seqlens_q: torch.Tensor
     context_lens: torch.Tensor
-    is_decode: bool
+    num_decodes: int
+    cu_seqlens_q: torch.Tensor | None
     max_seqlen_q: int
     last_rows: torch.Tensor | None
     next_positions: torch.Tensor
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether there is no chunk among its tokens."""
+        return self.cu_seqlens_q is None
 
 
 def prefill_batch(
@@ -49,47 +56,62 @@ def prefill_batch(
     block_size: int,
     device: torch.device,
     long_rope: LongRope | None = None,
+    decode: Sized[Sequence] = (),
 ) -> Batch:
-    """Pack the whole history of each group's leader."""
-    leaders = [group.leader for group in groups]
+    """Pack the chunks of the groups' leaders behind one token of each decoding sequence.
+
+    Args:
+        groups: At least one.
+        block_size: Tokens a page holds.
+        device: Where the model computes.
+        long_rope: The rule of a model with two rope tables.
+        decode: Sequences that decode in the same step.
+    """
+    spans = [(sequence, len(sequence) - 1, len(sequence)) for sequence in decode]
+    spans += [(group.leader, group.start, group.end) for group in groups]
     ids: list[int] = []
     positions: list[int] = []
+    rope_rows: list[int] = []
     slots: list[int] = []
-    bounds = [0]
-    for leader in leaders:
-        tokens = leader.tokens
-        ids += tokens
-        positions += range(len(tokens))
-        slots += _slots(leader.block_table, len(tokens), block_size)
-        bounds.append(len(ids))
-    width = max(len(leader.block_table) for leader in leaders)
-    tables = [leader.block_table + [0] * (width - len(leader.block_table)) for leader in leaders]
-    lengths = [len(leader) for leader in leaders]
+    ends: list[int] = []
+    for sequence, start, stop in spans:
+        ids += sequence.tokens[start:stop] if stop - start > 1 else [sequence.token(start)]
+        positions += range(start, stop)
+        slots += _slots(sequence.block_table, start, stop, block_size)
+        if long_rope is not None:
+            rope_rows += [long_rope.row(sequence, position) for position in range(start, stop)]
+        ends.append(len(ids))
+    width = max(len(sequence.block_table) for sequence, _, _ in spans)
+    tables = [s.block_table + [0] * (width - len(s.block_table)) for s, _, _ in spans]
+    count = len(decode)
+    samples = [*range(count), *(count + i for i, g in enumerate(groups) if g.is_complete)]
     position_ids = torch.tensor(positions, device=device)
-    rope_rows = position_ids
-    if long_rope is not None:
-        rows = [long_rope.row(leader, p) for leader in leaders for p in range(len(leader))]
-        rope_rows = torch.tensor(rows, device=device)
     return Batch(
         input_ids=torch.tensor(ids, device=device),
         positions=position_ids,
-        rope_rows=rope_rows,
+        rope_rows=position_ids if long_rope is None else torch.tensor(rope_rows, device=device),
         slot_mapping=torch.tensor(slots, device=device),
         block_table=torch.tensor(tables, dtype=torch.int32, device=device),
-        cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32, device=device),
-        context_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
-        is_decode=False,
-        max_seqlen_q=max(lengths),
-        last_rows=torch.tensor([bound - 1 for bound in bounds[1:]], device=device),
-        next_positions=torch.tensor(lengths, device=device),
+        context_lens=torch.tensor([s[2] for s in spans], dtype=torch.int32, device=device),
+        num_decodes=count,
+        cu_seqlens_q=torch.tensor(
+            [end - count for end in [count, *ends[count:]]], dtype=torch.int32, device=device
+        ),
+        max_seqlen_q=max(group.num_tokens for group in groups),
+        last_rows=torch.tensor([ends[i] - 1 for i in samples], dtype=torch.int64, device=device),
+        next_positions=torch.tensor(
+            [spans[i][2] for i in samples], dtype=torch.int64, device=device
+        ),
     )
 
 
-def _slots(table: list[int], length: int, block_size: int) -> list[int]:
+def _slots(table: list[int], start: int, stop: int, block_size: int) -> list[int]:
+    """Slots of positions ``start`` to ``stop``."""
+    first = start // block_size
     slots: list[int] = []
-    for block in table:
+    for block in table[first : -(-stop // block_size)]:
         slots += range(block * block_size, (block + 1) * block_size)
-    return slots[:length]
+    return slots[start - first * block_size : stop - first * block_size]
 
 
 class DecodeBuffers:
@@ -118,7 +140,6 @@ class DecodeBuffers:
         self._token_inputs = torch.zeros(num_inputs, max_num_seqs, dtype=torch.int64, device=device)
         self._context_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._block_table = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
-        self._cu_seqlens = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
 
     def fill(self, sequences: Sized[Sequence]) -> Batch:
@@ -151,9 +172,9 @@ class DecodeBuffers:
             rope_rows=self._token_inputs[1 if self._long_rope is None else 4, :count],
             slot_mapping=self._token_inputs[2, :count],
             block_table=self._block_table[:count],
-            cu_seqlens_q=self._cu_seqlens[: count + 1],
             context_lens=self._context_lens[:count],
-            is_decode=True,
+            num_decodes=count,
+            cu_seqlens_q=None,
             max_seqlen_q=1,
             last_rows=None,
             next_positions=self._token_inputs[3, :count],

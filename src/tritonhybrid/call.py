@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tritonhybrid.interrupts import InterruptsHeld
+from tritonhybrid.rollout_output import PausedRollout
 from tritonhybrid.sequence import Sequence
 from tritonhybrid.stats import RolloutStats
 from tritonhybrid.weights.agreement import CollectiveCall
@@ -21,17 +22,35 @@ class Call:
         seed: For sampling that names none.
         collective: Every rank's call; the ranks meet on its way.
         interrupts: Hold Ctrl-C back; let it through where nothing is left half done.
+        policy_version: Of the weights: the engine's optimizer steps.
         stats: Filled as the call goes on.
+        token_budget: Tokens after which the call stops at the end of a step; None sets none.
+        resumed: The rollout that it goes on with.
+        paused: What it leaves undone.
+        aborts: Prompts that the caller gives up; taken note of after each step.
+        is_given_up: Whether the caller wants no more of it at all.
     """
 
     seed: int
     collective: CollectiveCall
     interrupts: InterruptsHeld
+    policy_version: int = 0
     stats: RolloutStats = field(default_factory=RolloutStats)
+    token_budget: int | None = None
+    resumed: PausedRollout | None = None
+    paused: PausedRollout | None = None
+    aborts: list[int] = field(default_factory=list)
+    is_given_up: bool = False
     num_samples: int = 0
+    num_sampled: int = 0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the token budget is used up."""
+        return self.token_budget is not None and self.num_sampled >= self.token_budget
 
     def count(self, sequences: Sized[Sequence]) -> None:
-        """Count the tokens of finished sequences."""
+        """Count the tokens of the call's sequences."""
         self.num_samples = len(sequences)
         firsts = {s.prompt_index: len(s.prompt) for s in sequences}
         self.stats.prompt_tokens = sum(firsts.values())

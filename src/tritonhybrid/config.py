@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tritonhybrid.errors import ConfigError, explain
 
 Backend = Literal["auto", "triton", "torch"]
+SchedulingPolicy = Literal["fcfs", "longest_first"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,21 @@ class HybridConfig:
         max_out_tokens: Most tokens of prompt plus response; None leaves it to the
             model's own limit and the cache.
         kv_cache_bytes: Size of the key-value cache in bytes; "auto" takes what the
-            call can use, at most half of the memory that is free.
+            call can use, at most ``kv_cache_share`` of the memory that is free.
+        kv_cache_share: Part of the free memory that the cache may take, in (0, 1].
         block_size: Tokens a cache page holds; "auto" is 64.
         max_num_seqs: Most sequences in flight.
         max_num_batched_tokens: Most prompt tokens in one prefill step (a longer
-            prompt runs alone).
+            prompt runs alone, or in chunks).
+        enable_chunked_prefill: Compute prompts longer than that in chunks.
+        enable_mixed_steps: Let a step take prompts and running sequences together; for
+            rollouts, which wait for no first token, alternating is faster.
+        enable_prefix_caching: Let sequences that begin with the same tokens share full
+            pages, in a call and from call to call while the weights stay what they are. In 16
+            bits what is read from shared pages may be rounded otherwise than what is computed
+            anew, as with another batch.
+        scheduling_policy: "fcfs" (input order) or "longest_first" (what may grow longest
+            goes first, so that it does not run on alone at the end).
         consistent: Bit-equal log-probabilities in rollout and training.
         backend: "triton", "torch" or "auto" (triton on CUDA, torch elsewhere).
         torch_ops: Operations that take their torch path even on the Triton backend.
@@ -52,9 +63,14 @@ class HybridConfig:
     enable_cuda_graph: bool | Literal["auto"] = "auto"
     max_out_tokens: int | None = None
     kv_cache_bytes: int | Literal["auto"] = "auto"
+    kv_cache_share: float = 0.5
     block_size: int | Literal["auto"] = "auto"
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    enable_chunked_prefill: bool = False
+    enable_mixed_steps: bool = False
+    enable_prefix_caching: bool = True
+    scheduling_policy: SchedulingPolicy = "fcfs"
     consistent: bool | Literal["auto"] = False
     backend: Backend = "auto"
     torch_ops: tuple[str, ...] = ()
@@ -88,7 +104,23 @@ class HybridConfig:
         for name in ("enable_cuda_graph", "consistent"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise _refusal(name, "true, false or 'auto'", getattr(self, name), "Pick one.")
-        for name in ("release_inference_cache", "pin_parameters"):
+        if self.scheduling_policy not in ("fcfs", "longest_first"):
+            raise _refusal(
+                "scheduling_policy",
+                "'fcfs' or 'longest_first'",
+                self.scheduling_policy,
+                "Pick one.",
+            )
+        share = self.kv_cache_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise _refusal("kv_cache_share", "a number in (0, 1]", share, "Pass a fraction.")
+        for name in (
+            "release_inference_cache",
+            "pin_parameters",
+            "enable_chunked_prefill",
+            "enable_mixed_steps",
+            "enable_prefix_caching",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise _refusal(name, "true or false", getattr(self, name), "Pass a bool.")
         self._refuse_missing_features()

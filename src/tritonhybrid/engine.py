@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import deepspeed
 import torch
@@ -22,8 +21,11 @@ from tritonhybrid.errors import EngineStateError, explain
 from tritonhybrid.generation import Generation
 from tritonhybrid.hf_generate import serve_generate
 from tritonhybrid.requests import Limits, Prompts, build_sequences, completions
-from tritonhybrid.rollout_output import RolloutOutput
+from tritonhybrid.rollout_output import Completion, PausedRollout, RolloutOutput
+from tritonhybrid.rollout_stream import CallerModes, RolloutStream, stream_steps
 from tritonhybrid.sampling_params import SamplingParams
+from tritonhybrid.sequence import Sequence
+from tritonhybrid.served_generate import give_back, take_over
 from tritonhybrid.stats import LatencyReport, RolloutStats
 from tritonhybrid.weights.source import WeightSource
 
@@ -37,9 +39,6 @@ else:
 logger = logging.getLogger("tritonhybrid")
 
 _STATE = "_tritonhybrid"
-# Which engine serves a module's generate. Weak and by identity: a deep copy of the
-# module (a reference model) is not registered and keeps HF's own generate.
-_ENGINES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class HybridEngine(_Base):
@@ -56,6 +55,7 @@ class HybridEngine(_Base):
         *,
         uids: Sized[int] | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_budget: int | None = None,
     ) -> RolloutOutput:
         """Sample completions of ragged prompts from the weights being trained.
 
@@ -71,6 +71,8 @@ class HybridEngine(_Base):
             uids: Identity of each prompt's noise, distinct 64-bit integers. With
                 them the tokens don't depend on rank or world size.
             attention_mask: [B, T], 1 on real tokens; only with a tensor.
+            token_budget: Tokens of all completions together, on this rank, after which the
+                call stops at the end of a step; :meth:`resume` goes on. None sets no limit.
 
         Returns:
             n completions a prompt, adjacent, in input order.
@@ -82,19 +84,112 @@ class HybridEngine(_Base):
             RankFailureError: Another rank failed.
         """
         state = _state(self)
-        with state.call() as call:
-            sequences = build_sequences(
-                prompts,
-                sampling if sampling is not None else SamplingParams(),
-                _limits(self, state),
-                seed=call.seed,
-                uids=uids,
-                attention_mask=attention_mask,
-            )
+        with state.call(token_budget) as call:
+            sequences = self._sequences(call, prompts, sampling, uids, attention_mask)
             state.generation.run(sequences, call)
             call.count(sequences)
-        done = completions(sequences, state.generation.tokenizer)
-        return RolloutOutput(completions=done, stats=call.stats)
+        return _output(state, call, sequences)
+
+    def resume(
+        self, paused: PausedRollout | None, *, token_budget: int | None = None
+    ) -> RolloutOutput:
+        """Go on with a rollout whose token budget was spent, from the weights as they are now.
+
+        Without an optimizer step and without another call in between every sequence gets
+        the tokens and log-probabilities of an uninterrupted rollout, bit for bit. After a
+        step what it holds so far is computed anew; ``policy_versions`` says which weights
+        sampled which token. With ZeRO-3 every rank must call this together.
+
+        Args:
+            paused: From ``RolloutOutput.paused``; None on a rank that has nothing left.
+            token_budget: As in :meth:`rollout`.
+
+        Returns:
+            The completions that had not ended, whole, in input order.
+
+        Raises:
+            EngineStateError: The rollout was resumed before, or is another engine's.
+        """
+        state = _state(self)
+        with state.call(token_budget) as call:
+            sequences = paused.take_up(state.generation) if paused is not None else []
+            call.resumed = paused
+            for sequence in sequences:
+                sequence.policy_version = call.policy_version
+            state.generation.run(sequences, call)
+            call.count(sequences)
+            if paused is not None:
+                paused.is_resumed = True
+        return _output(state, call, sequences)
+
+    def rollout_stream(
+        self,
+        prompts: Prompts,
+        sampling: SamplingParams | Sized[SamplingParams] | None = None,
+        *,
+        uids: Sized[int] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_budget: int | None = None,
+    ) -> RolloutStream:
+        """Sample completions and hand over each as soon as it has finished.
+
+        With ZeRO-3 every rank must call this together and exhaust or close its stream.
+
+        Args:
+            prompts: As in :meth:`rollout`.
+            sampling: As in :meth:`rollout`.
+            uids: As in :meth:`rollout`.
+            attention_mask: As in :meth:`rollout`.
+            token_budget: As in :meth:`rollout`; what it cuts short does not come out, see
+                ``RolloutStream.paused``.
+
+        Returns:
+            An iterator over completions, in the order in which they finish.
+
+        Raises:
+            ConfigError: An argument is refused; nothing has run.
+            RankFailureError: Another rank failed.
+        """
+        state = _state(self)
+        modes = CallerModes(state.generation.device)
+        begun: list[tuple[Call, Sized[Sequence]]] = []
+
+        def steps() -> Generator[Completion | None, None, None]:
+            with state.call(token_budget) as call:
+                sequences = self._sequences(call, prompts, sampling, uids, attention_mask)
+                begun.append((call, sequences))
+                serving = state.generation.serve(sequences, call)
+                with call.interrupts.opened():
+                    try:
+                        yield None
+                    except GeneratorExit:
+                        call.is_given_up = True
+                yield from stream_steps(serving, call, state.generation.tokenizer, modes)
+                call.count([s for s in sequences if s.is_finished])
+
+        stream = steps()
+        next(stream)
+        call, sequences = begun[0]
+        return RolloutStream(call, sequences, cast("Generator[Completion, None, None]", stream))
+
+    def _sequences(
+        self,
+        call: Call,
+        prompts: Prompts,
+        sampling: SamplingParams | Sized[SamplingParams] | None,
+        uids: Sized[int] | None,
+        attention_mask: torch.Tensor | None,
+    ) -> list[Sequence]:
+        """Checked sequences of a rollout."""
+        return build_sequences(
+            prompts,
+            sampling if sampling is not None else SamplingParams(),
+            _limits(self, _state(self)),
+            seed=call.seed,
+            uids=uids,
+            attention_mask=attention_mask,
+            policy_version=call.policy_version,
+        )
 
     def generate(self, *inputs: Any, **kwargs: Any) -> Any:
         """Generate with Hugging Face's contract, whatever the ZeRO stage.
@@ -189,6 +284,7 @@ class HybridEngine(_Base):
             What the base engine's ``train`` returns.
         """
         state = _state(self)
+        state.require_idle("train")
         if mode:
             state.clock.on_train()
             if state.config.release_inference_cache:
@@ -201,8 +297,28 @@ class HybridEngine(_Base):
         Returns:
             What the base engine's ``step`` returns.
         """
+        state = _state(self)
+        state.require_idle("step")
         result = super().step(lr_kwargs=lr_kwargs)
-        _state(self).clock.on_step()
+        state.use_new_weights(self.global_steps)
+        state.clock.on_step()
+        return result
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Train or evaluate as the base engine does.
+
+        Raises:
+            EngineStateError: A rollout is under way: its module is in our hands.
+        """
+        _state(self).require_idle("forward")
+        return super().forward(*inputs, **kwargs)
+
+    def load_checkpoint(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Load as the base engine does; the next rollout uses what was loaded."""
+        state = _state(self)
+        state.require_idle("load_checkpoint")
+        result = super().load_checkpoint(*inputs, **kwargs)
+        state.use_new_weights(self.global_steps)
         return result
 
 
@@ -245,20 +361,15 @@ def wrap(
     # A backend that isn't there is refused here, before anything has changed.
     generation.ops()
     original_class = type(engine)
-    had_generate = module.__dict__.get("generate")
-    if isinstance(had_generate, ServedGenerate):
-        # The module is a copy of a wrapped one; its generate would lead back to this engine.
-        had_generate = None
     engine.__dict__[_STATE] = EngineState(
         original_class=original_class,
         config=resolved,
         generation=generation,
         seeds=_first_seed(),
-        had_generate=had_generate,
+        policy_version=int(getattr(engine, "global_steps", 0)),
+        had_generate=take_over(engine),
     )
     engine.__class__ = type(f"Hybrid{original_class.__name__}", (HybridEngine, original_class), {})
-    _ENGINES[id(module)] = engine
-    module.__dict__["generate"] = ServedGenerate(module)
     wrapped: HybridEngine = engine
     return wrapped
 
@@ -273,35 +384,11 @@ def unwrap(engine: Any) -> Any:
         EngineStateError: The engine is not wrapped.
     """
     state = _state(engine)
-    module: nn.Module = engine.module
-    _ENGINES.pop(id(module), None)
-    module.__dict__.pop("generate", None)
-    if state.had_generate is not None:
-        module.__dict__["generate"] = state.had_generate
+    state.require_idle("unwrap")
+    give_back(engine, state.had_generate)
     engine.__class__ = state.original_class
     del engine.__dict__[_STATE]
     return engine
-
-
-class ServedGenerate:
-    """The wrapped module's ``generate``: its engine's, as long as there is one.
-
-    Copying or pickling the module copies this with it, bound to the copy; the copy
-    is not registered, so it runs HF's generate with its own weights.
-
-    Args:
-        module: Whose generate this is.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Serve through the engine if this very module is wrapped, else as HF does."""
-        engine = _ENGINES.get(id(self.module))
-        if engine is not None and engine.module is self.module:
-            return engine.generate(*inputs, **kwargs)
-        return own_generate(self.module)(*inputs, **kwargs)
 
 
 def _state(engine: Any) -> EngineState:
@@ -346,6 +433,11 @@ def _check_engine(engine: Any) -> None:
                 hint='Remove "enabled": true from the hybrid_engine block.',
             )
         )
+
+
+def _output(state: EngineState, call: Call, sequences: Sized[Sequence]) -> RolloutOutput:
+    done = completions(sequences, state.generation.tokenizer)
+    return RolloutOutput(completions=done, stats=call.stats, paused=call.paused)
 
 
 def _count_decoded(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tritonhybrid.call import Call
 from tritonhybrid.config import HybridConfig
-from tritonhybrid.errors import EngineStateError, explain
+from tritonhybrid.errors import ConfigError, EngineStateError, explain
 from tritonhybrid.generation import Generation
 from tritonhybrid.interrupts import InterruptsHeld
 from tritonhybrid.latency import LatencyClock
@@ -29,6 +29,7 @@ class EngineState:
         config: Settings.
         generation: Serves the calls.
         seeds: The next seed of calls that name none.
+        policy_version: Optimizer steps that the weights have seen.
         had_generate: The module's own instance attribute ``generate``, if any.
     """
 
@@ -37,20 +38,46 @@ class EngineState:
     generation: Generation
     seeds: int
     had_generate: Any
+    policy_version: int = 0
     clock: LatencyClock = field(default_factory=LatencyClock)
     stats: RolloutStats = field(default_factory=RolloutStats)
     latency: LatencyReport | None = None
     is_busy: bool = False
 
+    def require_idle(self, act: str) -> None:
+        """Refuse what must not come between the steps of a rollout.
+
+        Raises:
+            EngineStateError: A rollout or generate is under way.
+        """
+        if self.is_busy:
+            raise EngineStateError(
+                explain(
+                    f"{act} waits until a rollout has ended",
+                    expected="no rollout, stream or generate under way",
+                    got=f"{act} while one is",
+                    hint="Exhaust or close the rollout stream first (a with block does).",
+                )
+            )
+
+    def use_new_weights(self, policy_version: int) -> None:
+        """What was computed with the old weights serves no later call."""
+        self.policy_version = policy_version
+        self.generation.forget()
+
     @contextmanager
-    def call(self) -> Iterator[Call]:
+    def call(self, token_budget: int | None = None) -> Iterator[Call]:
         """One rollout or generate call: not nested, timed, its failure every rank's.
 
         Ctrl-C waits inside, except where the call lets it through, so that it can't come
         between a block and its undoing.
 
+        Args:
+            token_budget: Tokens after which the call stops; None sets no limit.
+
         Raises:
             EngineStateError: Another call is under way.
+            ConfigError: The budget is out of range.
             RankFailureError: Another rank failed.
         """
         if self.is_busy:
@@ -66,11 +93,18 @@ class EngineState:
             # A private counter: torch's generators are not touched.
             self.seeds += 1
             collective = CollectiveCall(self.generation.source.agreement)
-            call = Call(seed=self.seeds, collective=collective, interrupts=interrupts)
+            call = Call(
+                seed=self.seeds,
+                collective=collective,
+                interrupts=interrupts,
+                policy_version=self.policy_version,
+                token_budget=token_budget,
+            )
             start = time.perf_counter()
             self.is_busy = True
             try:
                 with collective:
+                    _check_budget(token_budget)
                     yield call
                     # A Ctrl-C by now is this call's failure, and with it every rank's.
                     interrupts.deliver()
@@ -81,6 +115,20 @@ class EngineState:
                 call.stats.total_s = time.perf_counter() - start
                 self.stats = call.stats
                 self.clock.on_call(call.stats, call.num_samples * world_size())
+
+
+def _check_budget(token_budget: object) -> None:
+    is_whole = isinstance(token_budget, int) and not isinstance(token_budget, bool)
+    if token_budget is None or (is_whole and token_budget >= 1):  # type: ignore[operator]
+        return
+    raise ConfigError(
+        explain(
+            "token_budget is out of range",
+            expected="a whole number >= 1, or None",
+            got=repr(token_budget),
+            hint="Pass the tokens that the call may sample on this rank.",
+        )
+    )
 
 
 def world_size() -> int:

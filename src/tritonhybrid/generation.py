@@ -1,21 +1,21 @@
-"""The loop: schedule, execute, record, until every sequence has ended."""
+"""Serves sequences from the weights being trained: whole weights, bound containers, the loop."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from collections.abc import Sequence as Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from tritonhybrid.block_manager import BlockManager
+from tritonhybrid.cache_pool import CachePool
 from tritonhybrid.call import Call
 from tritonhybrid.config import HybridConfig
 from tritonhybrid.containers.binding import Binding
@@ -25,22 +25,32 @@ from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import count_paths, fingerprint, plan_layers, unsuited
 from tritonhybrid.containers.probe import Verdict, probe
 from tritonhybrid.containers.rope import long_rope
-from tritonhybrid.errors import CacheExhaustedError, ConfigError, KernelArgumentError, explain
+from tritonhybrid.decoding_loop import DecodingLoop
+from tritonhybrid.errors import ConfigError, KernelArgumentError, explain
 from tritonhybrid.hf_loop import refusing_lost_prefix, run_hf_loop
-from tritonhybrid.kv_cache import LayerGeometry, PagedKVCache, bytes_per_block
+from tritonhybrid.kv_cache import PagedKVCache
 from tritonhybrid.long_rope import LongRope
+from tritonhybrid.rollout_output import PausedRollout
 from tritonhybrid.runner import Runner
-from tritonhybrid.scheduler import Scheduler
+from tritonhybrid.scheduler import Scheduler, SchedulerOptions
 from tritonhybrid.sequence import Sequence
 from tritonhybrid.stats import RolloutStats
+from tritonhybrid.weights.checksum import checksum
 from tritonhybrid.weights.source import Materialisation, WeightSource
 from tritonhybrid_kernels.launch import is_interpreted
 from tritonhybrid_kernels.ops import Ops, select_ops
 
 logger = logging.getLogger("tritonhybrid")
 
-DEFAULT_BLOCK_SIZE = 64
 _MAX_VERDICTS = 64
+
+
+@dataclass(frozen=True)
+class _Pause:
+    """A paused rollout whose pages are still in the cache."""
+
+    rollout: PausedRollout
+    scheduler: Scheduler
 
 
 class Generation:
@@ -62,8 +72,10 @@ class Generation:
         self.source = source
         self.config = config
         self.tokenizer = tokenizer
-        self.cache: PagedKVCache | None = None
-        self.blocks: BlockManager | None = None
+        self._pool = CachePool(config)
+        self._pause: _Pause | None = None
+        # What the pages were computed with.
+        self._weights: Hashable = None
         self._verdicts: dict[Hashable, Verdict] = {}
         self._ops: dict[str, Ops] = {}
         self._announced: set[str] = set()
@@ -73,6 +85,16 @@ class Generation:
     def around_decode() -> AbstractContextManager[None]:
         """Entered around the device's part of each decode step; a recorder shadows it."""
         return nullcontext()
+
+    @property
+    def cache(self) -> PagedKVCache | None:
+        """The pages kept for the next call."""
+        return self._pool.cache
+
+    @property
+    def blocks(self) -> BlockManager | None:
+        """Who owns them."""
+        return self._pool.blocks
 
     @property
     def device(self) -> torch.device:
@@ -104,10 +126,13 @@ class Generation:
         return self._ops[backend]
 
     def release(self) -> None:
-        """Give the cache and the arena back."""
-        self.cache = None
-        self.blocks = None
+        """Give the cache and the arena back; a paused rollout will be computed anew."""
+        self._drop_pages()
         self.source.release()
+
+    def forget(self) -> None:
+        """Use no page for another call: the weights have changed."""
+        self._weights = None
 
     def run(
         self,
@@ -117,7 +142,30 @@ class Generation:
         *,
         is_padded: bool = False,
     ) -> Any:
-        """Sample every sequence to its end; they are filled in place.
+        """Do at once what :meth:`serve` does step by step.
+
+        Returns:
+            What ``hf_decoding`` returned, if it ran; else None.
+        """
+        serving = self.serve(sequences, call, hf_decoding, is_padded=is_padded)
+        while True:
+            try:
+                next(serving)
+            except StopIteration as end:
+                return end.value
+
+    def serve(
+        self,
+        sequences: Sized[Sequence],
+        call: Call,
+        hf_decoding: Callable[[], Any] | None = None,
+        *,
+        is_padded: bool = False,
+    ) -> Generator[list[Sequence], None, Any]:
+        """Sample every sequence to its end or the budget's; they are filled in place.
+
+        To be run to its end: the module is in our hands until then. A caller that wants no
+        more of it says so in ``call``.
 
         Args:
             sequences: Checked already; may be empty where other ranks have some.
@@ -125,6 +173,9 @@ class Generation:
             hf_decoding: Runs in place of our sampling where HF's own loop must serve the
                 model; the sequences then stay as they are.
             is_padded: Whether the prompts are rows of one padded batch, served as such.
+
+        Yields:
+            Sequences as they end.
 
         Returns:
             What ``hf_decoding`` returned, if it ran; else None.
@@ -156,7 +207,7 @@ class Generation:
                 )
             if not sequences:
                 return None
-            return self._serve(parts, sequences, call, hf_decoding, is_padded=is_padded)
+            return (yield from self._serve(parts, sequences, call, hf_decoding, is_padded))
 
     def run_hf_decoding(self, reason: str, decode: Callable[[], Any], call: Call) -> Any:
         """Run one of HF's own decodings over whole weights.
@@ -208,9 +259,8 @@ class Generation:
         sequences: Sized[Sequence],
         call: Call,
         hf_decoding: Callable[[], Any] | None,
-        *,
         is_padded: bool,
-    ) -> Any:
+    ) -> Generator[list[Sequence], None, Any]:
         stats = call.stats
         max_length = max(sequence.max_length for sequence in sequences)
         start = time.perf_counter()
@@ -227,13 +277,16 @@ class Generation:
                 stats.sampler = "hf"
                 return self._with_hf_generate(hf_decoding, call)
             call.interrupts.let_through(
-                partial(run_hf_loop, self.module, sequences, self.ops(), stats, self.finish_text)
+                partial(run_hf_loop, self.module, sequences, self.ops(), call, self.finish_text)
             )
+            left = [sequence for sequence in sequences if not sequence.is_finished]
+            call.paused = PausedRollout(left, owner=self) if left else None
+            yield [sequence for sequence in sequences if sequence.is_finished]
             return None
         for note in verdict.notes:
             self._announce(stats, note)
         stats.layer_paths = count_paths(list(verdict.plans))
-        self._serve_natively(parts, verdict, sequences, max_length, call)
+        yield from self._serve_natively(parts, verdict, sequences, max_length, call)
         return None
 
     def _judge(
@@ -265,50 +318,49 @@ class Generation:
         sequences: Sized[Sequence],
         max_length: int,
         call: Call,
-    ) -> None:
+    ) -> Iterator[list[Sequence]]:
         stats = call.stats
         start = time.perf_counter()
         rope = long_rope(parts, max_length)
-        cache, blocks = self._cache_for(verdict.geometry, sequences, rope)
-        stats.kv_bytes = cache.num_bytes
-        scheduler = Scheduler(
-            blocks,
-            max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
-            recompute_at=rope.recompute_at if rope is not None else None,
-        )
-        binding = Binding(
-            parts,
-            verdict.plans,
-            self.ops(),
-            cache,
-            max_length=max_length,
-            long_rope=rope,
-            returns_tuple=verdict.returns_tuple,
-        )
-        stats.path = "fused" if binding.is_fused else "generic"
         try:
-            scheduler.add(sequences)
+            scheduler, cache = self._scheduled(verdict, sequences, rope, call)
+            stats.kv_bytes = cache.num_bytes
+            binding = Binding(
+                parts,
+                verdict.plans,
+                self.ops(),
+                cache,
+                max_length=max_length,
+                long_rope=rope,
+                returns_tuple=verdict.returns_tuple,
+            )
+            stats.path = "fused" if binding.is_fused else "generic"
             with binding:
                 runner = Runner(
                     binding,
                     cache,
                     max_num_seqs=min(self.config.max_num_seqs, len(sequences)),
-                    max_blocks=blocks.blocks_for(max_length),
+                    max_blocks=scheduler.blocks.blocks_for(max_length),
                     device=self.device,
                     long_rope=rope,
                     around_decode=self.around_decode,
                 )
                 stats.bind_s += time.perf_counter() - start
-                self._loop(scheduler, runner, call)
+                yield from DecodingLoop(scheduler, runner, call, self.finish_text).run()
         except BaseException:
             # What a broken step left in the pages (NaN, perhaps) or half done in the tables
             # must not meet a later one.
-            self.cache = None
-            self.blocks = None
+            paused = self._pause.rollout.sequences if self._pause is not None else []
+            for sequence in (*sequences, *paused):
+                sequence.block_table = []
+            self._pause = None
+            self._pool.release()
             raise
-        blocks.check_integrity([])
-        stats.preemptions = scheduler.preemptions
+        left = [sequence for sequence in sequences if not sequence.is_finished]
+        if left:
+            call.paused = PausedRollout(left, owner=self)
+            self._pause = _Pause(call.paused, scheduler)
+        scheduler.blocks.check_integrity([sequence.block_table for sequence in left])
         if rope is not None and any(rope.changed_under(s) and s.logprobs for s in sequences):
             self._announce(
                 stats,
@@ -316,60 +368,59 @@ class Generation:
                 "in HF's generate its log-probabilities are not those of one forward over it all",
             )
 
-    def _loop(self, scheduler: Scheduler, runner: Runner, call: Call) -> None:
-        stats = call.stats
-        while scheduler.has_work:
-            start = time.perf_counter()
-            step = scheduler.schedule()
-            # The one part that takes long; what it leaves half done is given up with the cache.
-            sequences, sampled = call.interrupts.let_through(partial(runner.execute, step))
-            for row, sequence in enumerate(sequences):
-                sequence.append(*sampled.row(row))
-                self.finish_text(sequence)
-            stats.peak_blocks = max(stats.peak_blocks, scheduler.blocks.num_used)
-            scheduler.retire()
-            seconds = time.perf_counter() - start
-            if step.decode:
-                stats.decode_s += seconds
-                stats.num_decode_steps += 1
-            else:
-                stats.prefill_s += seconds
-                stats.num_prefill_steps += 1
-                stats.prefill_tokens += sum(len(g.leader) - 1 for g in step.prefill)
-        stats.sampler = "+".join(sorted(runner.sampler.used))
+    def _scheduled(
+        self,
+        verdict: Verdict,
+        sequences: Sized[Sequence],
+        rope: LongRope | None,
+        call: Call,
+    ) -> tuple[Scheduler, PagedKVCache]:
+        """The sequences in a scheduler, over a cache whose pages hold nothing out of date."""
+        config = self.config
+        shares = config.enable_prefix_caching and rope is None
+        keeps = shares or self._pause is not None or call.token_budget is not None
+        # A verdict is one object as long as the model's structure and hooks stay the same.
+        weights = (checksum(self.module), id(verdict)) if keeps and verdict.is_lasting else None
+        is_current = weights is not None and weights == self._weights
+        self._weights = weights
+        pause, self._pause = self._pause, None
+        order = sequences
+        if pause is not None:
+            if pause.rollout is call.resumed and is_current and self.cache is not None:
+                return pause.scheduler, self.cache
+            # Another call has need of the pages, or what they hold is out of date.
+            pause.scheduler.set_back()
+            if pause.rollout is call.resumed:
+                order = list(pause.scheduler.waiting)
+        if self.blocks is not None and not is_current:
+            self.blocks.forget()
+        dtype = causal_model(self.module).dtype
+        cache, blocks = self._pool.acquire(verdict.geometry, sequences, dtype, self.device, rope)
+        scheduler = Scheduler(
+            blocks,
+            SchedulerOptions(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                has_chunks=config.enable_chunked_prefill,
+                is_mixed=config.enable_mixed_steps,
+                is_longest_first=config.scheduling_policy == "longest_first",
+                shares_prefixes=shares,
+                recompute_at=rope.recompute_at if rope is not None else None,
+            ),
+        )
+        scheduler.add(order)
+        return scheduler, cache
+
+    def _drop_pages(self) -> None:
+        """Give every page up; what is paused will be computed anew."""
+        if self._pause is not None:
+            self._pause.scheduler.set_back()
+        self._pause = None
+        self._pool.release()
 
     def finish_text(self, sequence: Sequence) -> None:
         """End a sequence whose text holds a stop string; the text is cut before it."""
         sequence.notice_stop_strings(self.tokenizer)
-
-    def _cache_for(
-        self, geometry: Sized[LayerGeometry], sequences: Sized[Sequence], rope: LongRope | None
-    ) -> tuple[PagedKVCache, BlockManager]:
-        """The kept cache if it is large enough, else a new one within the budget."""
-        size = self.config.block_size
-        block_size = DEFAULT_BLOCK_SIZE if size == "auto" else size
-        dtype = causal_model(self.module).dtype
-        per_block = bytes_per_block(geometry, block_size, dtype)
-        budget = self.config.kv_cache_bytes
-        if budget == "auto":
-            budget = _free_bytes(self.device) // 2
-        most = budget // per_block
-        if most < 1:
-            raise CacheExhaustedError(
-                explain(
-                    "The key-value cache needs at least one page",
-                    expected=f"kv_cache_bytes >= {per_block}",
-                    got=budget,
-                    hint="Raise kv_cache_bytes or lower block_size.",
-                )
-            )
-        wanted = min(most, _blocks_wanted(sequences, block_size, self.config.max_num_seqs, rope))
-        if self.cache is None or not self.cache.fits(geometry, wanted, block_size):
-            self.cache = None
-            self.cache = PagedKVCache(geometry, wanted, block_size, dtype, self.device)
-            self.blocks = BlockManager(wanted, block_size)
-        assert self.blocks is not None
-        return self.cache, self.blocks
 
     def _announce(self, stats: RolloutStats, text: str) -> None:
         """Say a decision once in the log and always in the call's stats."""
@@ -377,34 +428,3 @@ class Generation:
         if text not in self._announced:
             self._announced.add(text)
             logger.warning("tritonhybrid: %s", text)
-
-
-def _blocks_wanted(
-    sequences: Sized[Sequence], block_size: int, max_num_seqs: int, rope: LongRope | None
-) -> int:
-    """Pages with which no sequence in flight ever waits: prompts shared, tails own."""
-    seen: set[int] = set()
-    needs = []
-    for sequence in sequences:
-        total = -(-sequence.max_length // block_size)
-        shared = len(sequence.prompt) // block_size
-        if rope is not None and rope.starts_anew:
-            # What a sequence recomputes is its own.
-            shared = 0
-        # One page more: the copy of a shared last page exists beside the original.
-        needs.append(total - shared + 1 if sequence.prompt_key in seen else total + 1)
-        seen.add(sequence.prompt_key)
-    needs.sort(reverse=True)
-    return sum(needs[:max_num_seqs])
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    # sysconf's free pages leave out the file cache, which gives way; the kernel's own estimate
-    # counts it.
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -23,11 +23,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from tritonhybrid.call import Call
 from tritonhybrid.containers.parts import own_generate
 from tritonhybrid.errors import UnsupportedModelError, explain
 from tritonhybrid.sampler import HeadCalls, Sampler
 from tritonhybrid.sequence import Sequence
-from tritonhybrid.stats import RolloutStats
 from tritonhybrid_kernels.ops import Ops
 
 _BATCH = 64
@@ -37,39 +37,41 @@ def run_hf_loop(
     module: nn.Module,
     sequences: Sized[Sequence],
     ops: Ops,
-    stats: RolloutStats,
+    call: Call,
     finish_text: Callable[[Sequence], None],
 ) -> None:
-    """Sample every sequence to its end; they are filled in place.
+    """Sample every sequence to its end, or to the end of the budget; they are filled in place.
 
     Args:
         module: Whole parameters, eval mode; a PEFT wrapper adds what its generate adds.
-        sequences: Not started.
+        sequences: What they hold already is part of the prompt.
         ops: The operations to sample with.
-        stats: Filled in place.
+        call: Its stats are filled.
         finish_text: Ends a sequence whose text holds a stop string.
     """
     start = time.perf_counter()
     # Only prompts of one length together: not every model computes the same beside padding
     # (sparse indexers and rope that follows the batch's length do not).
-    order = sorted(sequences, key=lambda s: len(s.prompt))
-    for _, group in groupby(order, key=lambda s: len(s.prompt)):
+    order = sorted(sequences, key=len)
+    for _, group in groupby(order, key=len):
         alike = list(group)
         for first in range(0, len(alike), _BATCH):
-            _run_batch(module, alike[first : first + _BATCH], ops, stats, finish_text)
-    stats.decode_s = time.perf_counter() - start
+            if not call.is_spent:
+                _run_batch(module, alike[first : first + _BATCH], ops, call, finish_text)
+    call.stats.decode_s = time.perf_counter() - start
 
 
 def _run_batch(
     module: nn.Module,
     sequences: list[Sequence],
     ops: Ops,
-    stats: RolloutStats,
+    call: Call,
     finish_text: Callable[[Sequence], None],
 ) -> None:
     device = next(module.parameters()).device
-    ids = torch.tensor([s.prompt for s in sequences], device=device)
-    sampling = _OurSampling(sequences, ops, device, finish_text)
+    ids = torch.tensor([s.tokens for s in sequences], device=device)
+    before = [len(s.output) for s in sequences]
+    sampling = _OurSampling(sequences, ops, device, call, finish_text)
 
     def decode(
         model: Any,
@@ -83,7 +85,7 @@ def _run_batch(
             model,
             input_ids,
             logits_processor=LogitsProcessorList([sampling]),
-            stopping_criteria=StoppingCriteriaList([_AllEnded(sequences)]),
+            stopping_criteria=StoppingCriteriaList([_AllEnded(sequences, call)]),
             generation_config=generation_config,
             **model_kwargs,
         )
@@ -94,7 +96,7 @@ def _run_batch(
             attention_mask=torch.ones_like(ids),
             # Named in full: what is left out is taken from the model's generation config.
             generation_config=GenerationConfig(
-                max_new_tokens=max(s.params.max_new_tokens for s in sequences),
+                max_new_tokens=max(s.max_length - len(s) for s in sequences),
                 do_sample=False,
                 num_beams=1,
                 num_return_sequences=1,
@@ -103,9 +105,11 @@ def _run_batch(
             ),
             custom_generate=decode,
         )
-    stats.prefill_tokens += sum(len(s.prompt) for s in sequences)
-    stats.num_prefill_steps += 1
-    stats.num_decode_steps += max(len(s.output) for s in sequences) - 1
+    new = [len(s.output) - count for s, count in zip(sequences, before, strict=True)]
+    call.stats.prefill_tokens += ids.numel()
+    call.stats.num_prefill_steps += 1
+    call.stats.num_decode_steps += max(new) - 1
+    call.stats.decode_tokens += sum(new) - len(new)
 
 
 @contextmanager
@@ -143,9 +147,11 @@ class _OurSampling(LogitsProcessor):
         sequences: list[Sequence],
         ops: Ops,
         device: torch.device,
+        call: Call,
         finish_text: Callable[[Sequence], None],
     ) -> None:
         self._sequences = sequences
+        self._call = call
         self._finish_text = finish_text
         head = HeadCalls(logits=lambda scores: scores, weight=None, bias=None)
         self._sampler = Sampler(ops, head, device)
@@ -161,17 +167,19 @@ class _OurSampling(LogitsProcessor):
             sequence.append(*sampled.row(index))
             self._finish_text(sequence)
             chosen[row, sampled.tokens[index]] = 1
+        self._call.num_sampled += len(live)
         return chosen
 
 
 class _AllEnded(StoppingCriteria):
-    """Stops when our sequences have all ended."""
+    """Stops when our sequences have all ended, or the call's budget is spent."""
 
-    def __init__(self, sequences: list[Sequence]) -> None:
+    def __init__(self, sequences: list[Sequence], call: Call) -> None:
         self._sequences = sequences
+        self._call = call
 
     def __call__(
         self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        done = all(s.is_finished for s in self._sequences)
+        done = self._call.is_spent or all(s.is_finished for s in self._sequences)
         return torch.full((input_ids.shape[0],), done, device=input_ids.device)

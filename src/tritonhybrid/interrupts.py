@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -74,6 +75,16 @@ class InterruptsHeld:
             self._is_open = True
             self.deliver()
             return act()
+        finally:
+            self._is_open = False
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Let Ctrl-C through while somebody else's code runs, and hold it again afterwards."""
+        try:
+            self._is_open = True
+            self.deliver()
+            yield
         finally:
             self._is_open = False
 

@@ -65,13 +65,27 @@ class PagedKVCache:
         """Bytes of all layers."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def fits(self, geometry: Sequence[LayerGeometry], num_blocks: int, block_size: int) -> bool:
-        """Whether this cache serves a call of that shape."""
+    def has_form(
+        self, geometry: Sequence[LayerGeometry], block_size: int, dtype: torch.dtype
+    ) -> bool:
+        """Whether its pages are of that form, however many there are."""
         return (
             self.geometry == tuple(geometry)
             and self.block_size == block_size
-            and self.num_blocks >= num_blocks
+            and self.keys[0].dtype == dtype
         )
+
+    def grow(self, num_blocks: int) -> None:
+        """Add pages behind the others; what they hold stays, their addresses change.
+
+        Layer by layer, so that at most one layer is there twice.
+        """
+        for tensors in (self.keys, self.values):
+            for index, pages in enumerate(tensors):
+                grown = pages.new_zeros(num_blocks, *pages.shape[1:])
+                grown[: self.num_blocks] = pages
+                tensors[index] = grown
+        self.num_blocks = num_blocks
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copy whole pages in every layer (copy-on-write before a step's writes)."""

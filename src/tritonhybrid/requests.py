@@ -47,6 +47,7 @@ def build_sequences(
     seed: int,
     uids: Sized[int] | None = None,
     attention_mask: torch.Tensor | None = None,
+    policy_version: int = 0,
 ) -> list[Sequence]:
     """Check everything on the host, before any device or other rank is involved.
 
@@ -58,6 +59,7 @@ def build_sequences(
         seed: For prompts whose parameters name none.
         uids: Identity of each prompt's noise; None takes (rank, index).
         attention_mask: [B, T], 1 on real tokens; only with a tensor.
+        policy_version: Of the weights that will sample.
 
     Returns:
         n sequences a prompt, adjacent, in input order.
@@ -88,16 +90,16 @@ def build_sequences(
                     prompt_key=key,
                     params=own,
                     end_ids=ends,
+                    policy_version=policy_version,
                 )
             )
     return sequences
 
 
 def completions(sequences: Iterable[Sequence], tokenizer: Any) -> list[Completion]:
-    """What the caller gets of finished sequences, decoded where a tokenizer is at hand."""
+    """What the caller gets of sequences, decoded where a tokenizer is at hand."""
     results = []
     for sequence in sequences:
-        assert sequence.finish_reason is not None
         text = sequence.text
         if text is None and tokenizer is not None:
             skips = sequence.params.skip_special_tokens
@@ -106,13 +108,14 @@ def completions(sequences: Iterable[Sequence], tokenizer: Any) -> list[Completio
             Completion(
                 prompt_index=sequence.prompt_index,
                 sample_index=sequence.sample_index,
-                token_ids=sequence.output,
-                logprobs=sequence.logprobs,
-                raw_logprobs=sequence.raw_logprobs,
-                finish_reason=sequence.finish_reason,
+                token_ids=list(sequence.output),
+                logprobs=list(sequence.logprobs),
+                raw_logprobs=list(sequence.raw_logprobs),
+                finish_reason=sequence.finish_reason or "budget",
                 text=text,
-                top_logprobs=sequence.top_logprobs,
-                entropies=sequence.entropies,
+                top_logprobs=list(sequence.top_logprobs),
+                entropies=list(sequence.entropies),
+                policy_versions=list(sequence.policy_versions),
             )
         )
     return results

@@ -13,11 +13,10 @@ from tritonhybrid.kv_cache import PagedKVCache
 from tritonhybrid.long_rope import LongRope
 from tritonhybrid.sampler import Drawn, HeadCalls, Sampled, Sampler
 from tritonhybrid.scheduler import Step
-from tritonhybrid.sequence import Sequence
 
 
 class Runner:
-    """One step in, one token a sequence out.
+    """One step in, its tokens out.
 
     Args:
         binding: The bound model.
@@ -61,32 +60,45 @@ class Runner:
             capacity=max_num_seqs,
         )
 
-    def execute(self, step: Step) -> tuple[list[Sequence], Sampled]:
+    def execute(self, step: Step) -> list[Sampled]:
         """Run a step.
 
         Returns:
-            The sequences that get a token, and the tokens.
+            For each of its ``num_steps`` the tokens, rows as in ``step.sampled``.
         """
-        if step.decode:
-            self._cache.copy_blocks(step.copies)
+        self._cache.copy_blocks(step.copies)
+        if not step.prefill:
             batch = self._buffers.fill(step.decode)
             self.sampler.prepare(step.decode)
             with self._around_decode():
                 drawn = self._decode(batch)
-            return step.decode, self.sampler.collect(drawn, step.decode)
+            return [self.sampler.collect(drawn, step.decode)]
         size = self._cache.block_size
-        batch = prefill_batch(step.prefill, size, self._device, self._long_rope)
-        hidden = self._binding.forward(batch)[batch.last_rows]
-        sequences = [member for group in step.prefill for member in group.members]
+        batch = prefill_batch(step.prefill, size, self._device, self._long_rope, step.decode)
+        hidden = self._binding.forward(batch)
+        sequences = step.sampled
+        if not sequences:
+            return []
+        hidden = hidden[batch.last_rows]
         rows = None
-        if len(sequences) > len(step.prefill):
-            owners = [i for i, group in enumerate(step.prefill) for _ in group.members]
-            rows = torch.tensor(owners, device=self._device)
-        positions = batch.next_positions if rows is None else batch.next_positions[rows]
+        positions = batch.next_positions
+        if len(sequences) > hidden.shape[0]:
+            rows = torch.tensor(_owners(step), device=self._device)
+            positions = positions[rows]
         self.sampler.prepare(sequences)
         drawn = self.sampler.draw(hidden, positions, rows)
-        return sequences, self.sampler.collect(drawn, sequences)
+        return [self.sampler.collect(drawn, sequences)]
 
     def _decode(self, batch: Batch) -> Drawn:
         """The part of a decode step that never looks at the host: what a graph replays."""
         return self.sampler.draw(self._binding.forward(batch), batch.next_positions)
+
+
+def _owners(step: Step) -> list[int]:
+    """For each sequence that samples the row, among those that do, that computes for it."""
+    owners = list(range(len(step.decode)))
+    for group in step.prefill:
+        if group.is_complete:
+            owner = owners[-1] + 1 if owners else 0
+            owners += [owner] * len(group.members)
+    return owners

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tritonhybrid.sampling_params import SamplingParams
 from tritonhybrid.stop_strings import StopStrings
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 # The likeliest tokens of one position with their raw log-probabilities, best first.
 TopLogprobs = list[tuple[int, float]]
@@ -28,6 +28,7 @@ class Sequence:
             prefill can serve them.
         params: Sampling settings.
         end_ids: Token ids that end the sequence with reason "stop".
+        policy_version: Of the weights that sample now; each token keeps the one it came from.
     """
 
     prompt_index: int
@@ -38,6 +39,8 @@ class Sequence:
     prompt_key: int
     params: SamplingParams
     end_ids: frozenset[int]
+    policy_version: int = 0
+    policy_versions: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
@@ -56,6 +59,11 @@ class Sequence:
     def tokens(self) -> list[int]:
         """Prompt and output in one list."""
         return [*self.prompt, *self.output]
+
+    def token(self, position: int) -> int:
+        """The token at ``position``."""
+        own = position - len(self.prompt)
+        return self.output[own] if own >= 0 else self.prompt[position]
 
     @property
     def last_token(self) -> int:
@@ -82,6 +90,7 @@ class Sequence:
     ) -> None:
         """Take one sampled token and notice whether it was the last."""
         self.output.append(token)
+        self.policy_versions.append(self.policy_version)
         if self.params.logprobs:
             self.logprobs.append(logprob)
             self.raw_logprobs.append(raw_logprob)

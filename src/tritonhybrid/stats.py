@@ -23,12 +23,17 @@ class RolloutStats:
         decode_s: Seconds in decode steps.
         total_s: Seconds of the whole call.
         prompt_tokens: Prompt tokens asked for, counted once a prompt.
-        prefill_tokens: Prompt tokens computed (sharing makes it smaller than n times).
-        completion_tokens: Tokens returned.
-        num_prefill_steps: Prompt steps.
+        prefill_tokens: Tokens computed in prompt steps, recomputed ones included (sharing
+            makes it smaller than n times the prompts).
+        shared_tokens: Tokens of prompts that were not computed, their pages being shared.
+        decode_tokens: Tokens sampled in decode steps and kept.
+        overrun_tokens: Tokens sampled past an end and cut.
+        completion_tokens: Tokens of the returned completions.
+        num_prefill_steps: Steps with prompts, mixed ones included.
         num_decode_steps: Decode steps.
         preemptions: Sequences set back and recomputed for want of pages.
         peak_blocks: Most cache pages in use at once.
+        evicted_blocks: Pages of earlier use that were overwritten for want of others.
         kv_bytes: Size of the key-value cache.
         extra_weight_bytes: Weight bytes allocated beyond the training copy.
         notes: Announced decisions, in words.
@@ -47,11 +52,15 @@ class RolloutStats:
     total_s: float = 0.0
     prompt_tokens: int = 0
     prefill_tokens: int = 0
+    shared_tokens: int = 0
+    decode_tokens: int = 0
+    overrun_tokens: int = 0
     completion_tokens: int = 0
     num_prefill_steps: int = 0
     num_decode_steps: int = 0
     preemptions: int = 0
     peak_blocks: int = 0
+    evicted_blocks: int = 0
     kv_bytes: int = 0
     extra_weight_bytes: int = 0
     notes: list[str] = field(default_factory=list)

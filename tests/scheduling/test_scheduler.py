@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from tritonhybrid.block_manager import BlockManager
 from tritonhybrid.errors import CacheExhaustedError
 from tritonhybrid.sampling_params import SamplingParams
-from tritonhybrid.scheduler import Scheduler, Step
+from tritonhybrid.scheduler import Scheduler, SchedulerOptions, Step
 from tritonhybrid.sequence import Sequence
 
 END = 1
@@ -44,36 +45,43 @@ class Model:
     recompute_at: int | None = None
     slots: dict[int, tuple[int, bool]] = field(default_factory=dict)
     log: list[tuple[str, list[tuple[int, int]]]] = field(default_factory=list)
+    num_computed: int = 0
+    num_overrun: int = 0
 
     def execute(self, step: Step) -> list[Sequence]:
-        size = self.blocks.block_size
-        if step.decode:
-            for copy in step.copies:
-                for offset in range(size):
-                    source = copy.source * size + offset
-                    if source in self.slots:
-                        self.slots[copy.target * size + offset] = self.slots[source]
-            for row in step.decode:
-                position = len(row) - 1
-                slot = row.block_table[position // size] * size + position % size
-                self.slots[slot] = row.last_token, self.is_grown(row)
-            run = step.decode
-        else:
-            for group in step.prefill:
-                for position, token in enumerate(group.leader.tokens):
-                    slot = group.leader.block_table[position // size] * size + position % size
-                    self.slots[slot] = token, self.is_grown(group.leader)
-            run = [member for group in step.prefill for member in group.members]
-        kind = "decode" if step.decode else "prefill"
+        for copy in step.copies:
+            for offset in range(self.blocks.block_size):
+                source = copy.source * self.blocks.block_size + offset
+                if source in self.slots:
+                    self.slots[copy.target * self.blocks.block_size + offset] = self.slots[source]
+        run = step.sampled
+        kind = "+".join(["decode"] * bool(step.decode) + ["prefill"] * bool(step.prefill))
         self.log.append((kind, [(row.prompt_index, row.sample_index) for row in run]))
-        for row in run:
-            seen = [
-                self.slots[row.block_table[p // size] * size + p % size] for p in range(len(row))
-            ]
-            wanted = [(token, self.is_grown(row)) for token in row.tokens]
-            assert seen == wanted, "a page holds another sequence's tokens, or void ones"
-            row.append(next_token(row), 0.0, 0.0)
+        self.num_computed += sum(group.num_tokens for group in step.prefill)
+        for group in step.prefill:
+            for position in range(group.start, group.end):
+                self.write(group.leader, position)
+        for _ in range(step.num_steps):
+            for row in step.decode:
+                # A row that has ended runs on; what it writes is nobody's.
+                if not row.is_finished:
+                    self.write(row, len(row) - 1)
+            for row in run:
+                if row.is_finished:
+                    self.num_overrun += 1
+                    continue
+                seen = [self.slots[self.slot(row, position)] for position in range(len(row))]
+                wanted = [(token, self.is_grown(row)) for token in row.tokens]
+                assert seen == wanted, "a page holds another sequence's tokens, or void ones"
+                row.append(next_token(row), 0.0, 0.0)
         return run
+
+    def slot(self, row: Sequence, position: int) -> int:
+        size = self.blocks.block_size
+        return row.block_table[position // size] * size + position % size
+
+    def write(self, row: Sequence, position: int) -> None:
+        self.slots[self.slot(row, position)] = row.tokens[position], self.is_grown(row)
 
     def is_grown(self, row: Sequence) -> bool:
         return self.recompute_at is not None and len(row) >= self.recompute_at
@@ -94,31 +102,36 @@ def expected(row: Sequence) -> list[int]:
     return alone.output
 
 
+def scheduler_of(
+    blocks: BlockManager, *, max_num_seqs: int = 8, max_num_batched_tokens: int = 64, **options: Any
+) -> Scheduler:
+    chosen = SchedulerOptions(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, **options
+    )
+    return Scheduler(blocks, chosen)
+
+
 def run(
     rows: list[Sequence],
     *,
-    num_blocks: int,
+    num_blocks: int = 64,
     block_size: int = 4,
-    max_num_seqs: int = 8,
-    max_num_batched_tokens: int = 64,
-    recompute_at: int | None = None,
+    blocks: BlockManager | None = None,
+    slots: dict[int, tuple[int, bool]] | None = None,
+    **options: Any,
 ) -> tuple[Scheduler, Model]:
-    blocks = BlockManager(num_blocks, block_size)
-    scheduler = Scheduler(
-        blocks,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        recompute_at=recompute_at,
-    )
+    blocks = blocks or BlockManager(num_blocks, block_size)
+    scheduler = scheduler_of(blocks, **options)
     scheduler.add(rows)
-    model = Model(blocks, recompute_at)
+    model = Model(blocks, scheduler.options.recompute_at, slots if slots is not None else {})
     finished = 0
     while scheduler.has_work:
         step = scheduler.schedule()
-        assert bool(step.prefill) != bool(step.decode)
-        assert len(scheduler.running) <= max_num_seqs
+        assert step.prefill or step.decode
+        assert scheduler.options.is_mixed or not (step.prefill and step.decode)
+        assert len(scheduler.in_flight) <= scheduler.options.max_num_seqs
         model.execute(step)
-        blocks.check_integrity([row.block_table for row in scheduler.running])
+        blocks.check_integrity([row.block_table for row in scheduler.in_flight])
         finished += len(scheduler.retire())
         assert len(model.log) < 5000
     assert finished == len(rows)
@@ -139,7 +152,7 @@ def test_all_prompts_are_prefilled_once_and_then_decoded_together():
 def test_samples_of_a_prompt_share_its_pages_and_copy_only_the_last():
     rows = samples((9,) * 10, 6, 4)
     blocks = BlockManager(32, 4)
-    scheduler = Scheduler(blocks, max_num_seqs=8, max_num_batched_tokens=64)
+    scheduler = scheduler_of(blocks)
     scheduler.add(rows)
     model = Model(blocks)
     step = scheduler.schedule()
@@ -220,7 +233,7 @@ def test_a_sequence_that_ends_leaves_at_once_and_its_pages_serve_another():
 
 
 def test_a_sequence_that_cannot_fit_alone_is_refused_and_none_is_queued():
-    scheduler = Scheduler(BlockManager(3, 4), max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler = scheduler_of(BlockManager(3, 4), max_num_seqs=4)
     fits = sequence((2,) * 4, 9, index=0)
     with pytest.raises(CacheExhaustedError, match=r"at most 12 tokens.*prompt 4 \+ max_new_tokens"):
         scheduler.add([fits, sequence((2,) * 4, 10, index=1)])
@@ -228,17 +241,147 @@ def test_a_sequence_that_cannot_fit_alone_is_refused_and_none_is_queued():
     run([fits], num_blocks=3)
 
 
-def test_clear_frees_every_page():
-    blocks = BlockManager(16, 4)
-    scheduler = Scheduler(blocks, max_num_seqs=2, max_num_batched_tokens=64)
-    scheduler.add(samples((9,) * 6, 4, 5))
-    Model(blocks).execute(scheduler.schedule())
-    scheduler.clear()
-    assert not scheduler.has_work and blocks.num_used == 0
+def test_a_beginning_that_prompts_share_is_computed_once_in_one_step_and_in_later_ones():
+    common = tuple(range(2, 12))
+    rows = [sequence((*common, 30 + i), 6, index=i) for i in range(4)]
+    scheduler, model = run(rows, max_num_seqs=2)
+    # Two pages of four are shared by all four; each computes the other three tokens.
+    assert model.num_computed == 11 + 3 * 3
+    assert scheduler.num_shared_tokens == 3 * 8
+
+
+def test_pages_serve_a_later_call_and_its_continuations_until_they_are_forgotten():
+    blocks, slots = BlockManager(64, 4), {}
+    first = sequence(tuple(range(2, 13)), 9)
+    run([first], blocks=blocks, slots=slots)
+    assert blocks.num_used == 0 and blocks.num_idle == 4
+    longer = (*first.tokens, 7, 8)
+    _, model = run([sequence(longer, 3)], blocks=blocks, slots=slots)
+    # All of the first call but its last token, whole pages.
+    assert model.num_computed == len(longer) - (len(first) - 1) // 4 * 4
+    blocks.forget()
+    _, model = run([sequence(longer, 3)], blocks=blocks, slots={})
+    assert model.num_computed == len(longer)
+
+
+def test_idle_pages_give_way_the_longest_unused_first():
+    blocks, slots = BlockManager(6, 4), {}
+    for prompt in ((5,) * 9, (6,) * 9):
+        run([sequence(prompt, 1)], blocks=blocks, slots=slots)
+    assert blocks.num_idle == 4
+    run([sequence((7,) * 16, 1)], blocks=blocks, slots=slots)
+    assert blocks.num_evicted == 2
+    _, model = run([sequence((6,) * 9, 1)], blocks=blocks, slots=slots)
+    assert model.num_computed == 1
+    _, model = run([sequence((5,) * 9, 1)], blocks=blocks, slots=slots)
+    assert model.num_computed == 9
+
+
+def test_without_shared_prefixes_every_prompt_is_computed_and_nothing_is_kept():
+    rows = [sequence((*range(2, 12), 30 + i), 6, index=i) for i in range(3)]
+    scheduler, model = run(rows, shares_prefixes=False)
+    assert model.num_computed == 33
+    assert scheduler.blocks.num_idle == 0
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_its_samples_join_the_last():
+    rows = [*samples(tuple(range(2, 32)), 4, 3), sequence((9, 8, 7), 4, index=1)]
+    _, model = run(rows, max_num_batched_tokens=12, has_chunks=True)
+    assert model.log[:3] == [
+        ("prefill", []),
+        ("prefill", []),
+        ("prefill", [(0, 0), (0, 1), (0, 2), (1, 0)]),
+    ]
+    assert model.num_computed == 33
+
+
+def test_a_mixed_step_decodes_what_runs_beside_a_chunk_of_what_comes():
+    rows = [sequence((3,) * 4, 8, index=0), sequence(tuple(range(2, 32)), 4, index=1)]
+    _, model = run(rows, max_num_batched_tokens=12, has_chunks=True, is_mixed=True)
+    # Twelve tokens a step: the short prompt and 8 of the long one, then a token and 11 at a time.
+    assert [kind for kind, _ in model.log[:4]] == ["prefill", *["decode+prefill"] * 2, "decode"]
+    assert [len(members) for _, members in model.log[:4]] == [1, 1, 2, 2]
+
+
+def test_what_may_grow_longest_goes_first_and_samples_stay_together():
+    rows = [sequence((3,) * 4, 2, index=0), *samples((4,) * 4, 9, 2, index=1)]
+    rows.append(sequence((5,) * 4, 5, index=2))
+    _, model = run(rows, max_num_seqs=2, is_longest_first=True)
+    starts = dict.fromkeys(index for _, members in model.log for index, _ in members)
+    assert list(starts) == [1, 2, 0]
+
+
+def test_several_tokens_a_step_are_the_same_tokens_and_those_past_an_end_are_cut():
+    rows = [sequence((i + 2,) * (3 * i + 1), 3 + 4 * i, index=i) for i in range(3)]
+    _, model = run(rows, num_steps=4)
+    assert max(len(row.output) for row in rows) == 11
+    assert sum(kind == "decode" for kind, _ in model.log) == 3
+    assert model.num_overrun > 0
+
+
+def test_fewer_tokens_a_step_where_pages_are_short_so_that_nobody_is_set_back():
+    rows = [sequence((i + 2,) * 4, 9, index=i) for i in range(2)]
+    scheduler, _ = run(rows, num_blocks=6, num_steps=8)
+    assert scheduler.preemptions == 0
+
+
+def test_an_aborted_prompt_ends_with_what_it_has_and_frees_its_pages():
+    rows = [*samples((9,) * 6, 8, 3), sequence((3,) * 5, 8, index=1)]
+    blocks = BlockManager(32, 4)
+    scheduler = scheduler_of(blocks, max_num_seqs=2)
+    scheduler.add(rows)
+    model = Model(blocks)
+    for _ in range(3):
+        model.execute(scheduler.schedule())
+        scheduler.retire()
+    assert scheduler.abort(0) == rows[:3]
+    assert [row.finish_reason for row in rows] == ["abort"] * 3 + [None]
+    assert [len(row.output) for row in rows] == [3, 3, 0, 0]
+    assert blocks.num_used == 0 and scheduler.abort(0) == []
+    while scheduler.has_work:
+        model.execute(scheduler.schedule())
+        scheduler.retire()
+    assert rows[3].output == expected(rows[3])
     blocks.check_integrity([])
 
 
-@pytest.mark.parametrize("seed", range(24))
+def test_a_prompt_can_be_aborted_between_its_chunks():
+    rows = [sequence(tuple(range(2, 32)), 4), sequence((3,) * 5, 3, index=1)]
+    blocks = BlockManager(32, 4)
+    scheduler = scheduler_of(blocks, max_num_batched_tokens=8, has_chunks=True)
+    scheduler.add(rows)
+    model = Model(blocks)
+    model.execute(scheduler.schedule())
+    assert scheduler.in_flight == [rows[0]]
+    assert scheduler.abort(0) == [rows[0]]
+    while scheduler.has_work:
+        model.execute(scheduler.schedule())
+        scheduler.retire()
+    assert rows[1].output == expected(rows[1])
+    blocks.check_integrity([])
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_everything_set_back_ends_with_the_same_tokens(after: int):
+    rows = [*samples(tuple(range(2, 20)), 5, 2), sequence((3,) * 5, 9, index=1)]
+    blocks = BlockManager(32, 4)
+    scheduler = scheduler_of(blocks, max_num_batched_tokens=8, has_chunks=True, max_num_seqs=2)
+    scheduler.add(rows)
+    model = Model(blocks)
+    steps = 0
+    while scheduler.has_work:
+        model.execute(scheduler.schedule())
+        scheduler.retire()
+        steps += 1
+        if steps == after:
+            scheduler.set_back()
+            assert blocks.num_used == 0 and not scheduler.in_flight
+    for row in rows:
+        assert row.output == expected(row)
+    blocks.check_integrity([])
+
+
+@pytest.mark.parametrize("seed", range(120))
 def test_no_sequence_is_lost_or_mixed_up_in_a_random_call(seed: int):
     walk = random.Random(seed)
     size = walk.choice([1, 3, 4, 16])
@@ -253,6 +396,11 @@ def test_no_sequence_is_lost_or_mixed_up_in_a_random_call(seed: int):
         "max_num_seqs": walk.randint(1, 10),
         "max_num_batched_tokens": walk.choice([1, 16, 100]),
         "recompute_at": walk.choice([None, None, 8, 15, 21]),
+        "has_chunks": walk.choice([False, True]),
+        "is_mixed": walk.choice([False, True]),
+        "is_longest_first": walk.choice([False, True]),
+        "num_steps": walk.choice([1, 1, 2, 5]),
+        "shares_prefixes": walk.choice([False, True]),
     }
     _, first = run(rows, **settings)
     again = [

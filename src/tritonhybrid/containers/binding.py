@@ -101,12 +101,15 @@ class Binding:
             [T, D].
         """
         self.step.begin(batch)
-        out = self.parts.backbone(
-            input_ids=batch.input_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
-            use_cache=True,
-            **{self._cache_name: self.step},
-        )
+        try:
+            out = self.parts.backbone(
+                input_ids=batch.input_ids.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=True,
+                **{self._cache_name: self.step},
+            )
+        finally:
+            self.step.batch = None
         hidden: torch.Tensor = out[0]
         return hidden.squeeze(0)
 
@@ -130,8 +133,7 @@ class Binding:
         step = self.step
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            assert step.batch is not None
-            out = container(hidden_states.squeeze(0), step.batch).unsqueeze(0)
+            out = container(hidden_states.squeeze(0), step.current()).unsqueeze(0)
             return (out,) if self._returns_tuple else out
 
         return forward
@@ -162,8 +164,7 @@ class Binding:
         step = self.step
 
         def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            assert step.batch is not None
-            rows = step.batch.rope_rows
+            rows = step.current().rope_rows
             return (
                 rope.cos.index_select(0, rows).unsqueeze(0),
                 rope.sin.index_select(0, rows).unsqueeze(0),

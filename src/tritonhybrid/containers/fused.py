@@ -172,30 +172,43 @@ def attend(
         q: [T, H, E].
         keys: [N, S, K, E], this step's keys already written.
         values: [N, S, K, E'].
-        batch: The step.
+        batch: The step; its decoding rows come first.
         scale: Factor on the scores.
         features: window, softcap, sinks, alibi_slopes where the layer has them.
 
     Returns:
         [T, H, E'].
     """
-    if batch.is_decode:
+    if batch.cu_seqlens_q is None:
         out: torch.Tensor = ops.paged_attention_decode(
             q, keys, values, batch.block_table, batch.context_lens, scale=scale, **features
         )
         return out
+    # The decoding rows come first; where there are some, each kind has its own kernel.
+    count = batch.num_decodes
     out = ops.attention_varlen(
-        q,
+        q[count:],
         keys,
         values,
-        batch.block_table,
+        batch.block_table[count:],
         batch.cu_seqlens_q,
-        batch.context_lens,
+        batch.context_lens[count:],
         scale=scale,
         max_seqlen_q=batch.max_seqlen_q,
         **features,
     )
-    return out
+    if count == 0:
+        return out
+    first = ops.paged_attention_decode(
+        q[:count],
+        keys,
+        values,
+        batch.block_table[:count],
+        batch.context_lens[:count],
+        scale=scale,
+        **features,
+    )
+    return torch.cat((first, out))
 
 
 def obstacle(layer: nn.Module, description: LayerDescription) -> str | None:

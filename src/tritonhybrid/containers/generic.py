@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.fused import attend
-from tritonhybrid.errors import UnsupportedModelError, explain
+from tritonhybrid.errors import EngineStateError, UnsupportedModelError, explain
 from tritonhybrid.kv_cache import PagedKVCache
 from tritonhybrid_kernels.ops import Ops
 
@@ -41,6 +41,23 @@ class PagedStep(Cache):
         self.num_updates = 0
         self.num_attentions = 0
 
+    def current(self) -> Batch:
+        """The step that runs.
+
+        Raises:
+            EngineStateError: None does: the module was called between the steps of a rollout.
+        """
+        if self.batch is None:
+            raise EngineStateError(
+                explain(
+                    "A module that a rollout has taken over serves no other forward",
+                    expected="forwards before or after the rollout",
+                    got="one between its steps",
+                    hint="Exhaust or close the rollout stream first.",
+                )
+            )
+        return self.batch
+
     def update(
         self,
         key_states: torch.Tensor,
@@ -50,14 +67,14 @@ class PagedStep(Cache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write ``[1, K, T, E]`` keys and values of the step's tokens into their slots."""
-        assert self.batch is not None
+        batch = self.current()
         self.num_updates += 1
         for states, pages in (
             (key_states, self.pages.keys[layer_idx]),
             (value_states, self.pages.values[layer_idx]),
         ):
             rows = pages.view(-1, *pages.shape[2:])
-            rows.index_copy_(0, self.batch.slot_mapping, states[0].transpose(0, 1))
+            rows.index_copy_(0, batch.slot_mapping, states[0].transpose(0, 1))
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -91,7 +108,7 @@ def paged_attention(
         [1, T, H, E'], and None for the weights.
     """
     step: PagedStep = kwargs.get(BATCH_KWARG) or module.__dict__[BATCH_KWARG]
-    assert step.batch is not None
+    batch = step.current()
     if attention_mask is not None:
         # A model that adds to the mask itself (sparse indexers do); the probe demotes it.
         raise UnsupportedModelError(
@@ -116,7 +133,7 @@ def paged_attention(
     q = query[0].transpose(0, 1).contiguous()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     keys, values = step.pages.keys[index], step.pages.values[index]
-    out = attend(step.ops, q, keys, values, step.batch, scale=scale, **features)
+    out = attend(step.ops, q, keys, values, batch, scale=scale, **features)
     return out.unsqueeze(0), None
 
 
