@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from tritonhybrid.integrations.deepspeed_rollout import TritonRollout
-    from tritonhybrid.rollout_output import Completion, RolloutOutput
+    from tritonhybrid.rollout_output import Completion, PausedRollout, RolloutOutput
+    from tritonhybrid.rollout_stream import RolloutStream
     from tritonhybrid.sampling_params import SamplingParams
     from tritonhybrid.stats import RolloutStats
 
@@ -37,9 +38,11 @@ _HOMES = {
     "HybridEngine": "engine",
     "KernelArgumentError": "errors",
     "NonFiniteLogitsError": "errors",
+    "PausedRollout": "rollout_output",
     "RankFailureError": "errors",
     "RolloutOutput": "rollout_output",
     "RolloutStats": "stats",
+    "RolloutStream": "rollout_stream",
     "SamplingParams": "sampling_params",
     "TritonHybridError": "errors",
     "TritonRollout": "integrations.deepspeed_rollout",
@@ -58,9 +61,11 @@ __all__ = [
     "HybridEngine",
     "KernelArgumentError",
     "NonFiniteLogitsError",
+    "PausedRollout",
     "RankFailureError",
     "RolloutOutput",
     "RolloutStats",
+    "RolloutStream",
     "SamplingParams",
     "TritonHybridError",
     "TritonRollout",
