@@ -142,8 +142,7 @@ def add_rms_norm_ref(
     if x.dtype == torch.float32 and weight_offset == 0.0 and out is None:
         # In fp32 no cast separates the factors, so torch's one call does.
         return torch.rms_norm(r, (r.shape[-1],), weight, eps)
-    wide = r.float()
-    normed = wide * wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normed = torch.rms_norm(r.float(), (r.shape[-1],), None, eps)
     if weight_offset == 0.0:
         normed = normed.to(x.dtype)
         y = normed.mul_(weight) if out is None else torch.mul(normed, weight, out=out)

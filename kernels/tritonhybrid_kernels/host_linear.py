@@ -4,8 +4,8 @@ Torch calls MKL, which is not everywhere the fastest product that torch has. Mea
 512 x 512 to 49152 x 576, weights read from memory:
 
 - AMD with AVX-512 (EPYC, two cores), fp32: MKL keeps to AVX2 and multiplies one row on one thread,
-  16 GB/s where oneDNN reads 40; with more rows, too, oneDNN takes half of MKL's time or less, and
-  W x^T at 2 to 4 rows a third.
+  16 GB/s where oneDNN reads 40; with more rows, too, oneDNN takes half of MKL's time or less.
+  MKL's W x^T is faster still from 2 to 5 rows, where W is no wider than high (else at 2 only).
 - Intel (Xeon, two cores), fp32: oneDNN takes half the time from 13 to 48 rows, and for a
   vocabulary's width from 4 on.
 - bf16, where torch calls oneDNN: on Intel W x^T is up to a quarter faster at 13 to 16 rows.
@@ -28,7 +28,8 @@ _ONEDNN_ROWS: Final = range(13, 49)
 _ONEDNN_ROWS_WIDE: Final = range(4, 33)
 _WIDE: Final = 8192
 _SWAPPED_ROWS: Final = range(13, 17)
-_SWAPPED_ROWS_AMD: Final = range(2, 5)
+_SWAPPED_ROWS_AMD: Final = range(2, 6)
+_SWAPPED_ROWS_AMD_DEEP: Final = range(2, 3)
 # Below so many elements a weight stays in a near cache and the call costs more than the product.
 _SMALL_WEIGHT: Final = 1 << 16
 
@@ -53,7 +54,7 @@ def host_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if num_rows in (_ONEDNN_ROWS_WIDE if num_columns >= _WIDE else _ONEDNN_ROWS):
             return _onednn(x, weight, bias)
     elif num_columns * depth >= _SMALL_WEIGHT and num_rows > 0:
-        if num_rows in _SWAPPED_ROWS_AMD:
+        if num_rows in (_SWAPPED_ROWS_AMD_DEEP if depth > num_columns else _SWAPPED_ROWS_AMD):
             return _swapped(x, weight, bias)
         return _onednn(x, weight, bias)
     return functional.linear(x, weight, bias)

@@ -255,9 +255,9 @@ def sample_logits_ref(
     row_max, best_piece = _per_piece(logits, Tensor.amax).max(-1, keepdim=True)
     best_in_piece = _take_piece(logits, best_piece, float("-inf")).argmax(-1)
     if bool(greedy.all()):
-        return best_piece.squeeze(1) * _PIECE + best_in_piece, row_max.squeeze(
-            1
-        ) - logits.logsumexp(1)
+        # logsumexp would look for the maximum again.
+        log_total = (logits - row_max).exp_().sum(1).log_()
+        return best_piece.squeeze(1) * _PIECE + best_in_piece, log_total.neg_()
     weights = (logits - row_max).exp_()
     # fp64 over the few pieces: the target stays below the total for every uniform.
     cdf = _per_piece(weights, Tensor.sum).double().cumsum(-1)

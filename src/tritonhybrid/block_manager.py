@@ -223,6 +223,24 @@ class BlockManager:
             trail.node = self._index.add(trail.node, own, table[index])
             trail.num_pages = index + 1
 
+    def make_room(self, num_blocks: int, prompts: Iterable[Sequence[int]]) -> None:
+        """Give idle pages up in time, so that what a call takes lies in runs of neighbours.
+
+        Args:
+            num_blocks: Pages the call may use.
+            prompts: Its prompts; pages that hold their beginnings stay as long as others don't.
+        """
+        if not self._idle:
+            return
+        kept: set[int] = set()
+        for tokens in prompts:
+            for page in reversed(self.match(tokens).pages):
+                if page in self._idle:
+                    kept.add(page)
+                    self._idle.move_to_end(page)
+        while len(self._idle) > len(kept) and self._num_free < num_blocks - len(kept):
+            self._evict()
+
     def forget(self) -> None:
         """Nothing in the pages is of use to later sequences (the weights have changed)."""
         self._index.clear()

@@ -82,6 +82,7 @@ class CachePool:
                 self.release()
                 self.cache = PagedKVCache(geometry, wanted, block_size, dtype, device)
                 self.blocks = BlockManager(wanted, block_size)
+        self.blocks.make_room(wanted, {sequence.prompt: None for sequence in sequences})
         return self.cache, self.blocks
 
     def _budget(self, device: torch.device) -> int:

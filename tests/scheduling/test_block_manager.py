@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tritonhybrid.block_manager import BlockCopy, BlockManager
+from tritonhybrid.block_manager import BlockCopy, BlockManager, PageTrail
 
 
 def state(blocks: BlockManager, *tables: list[int]) -> tuple:
@@ -125,6 +125,23 @@ def test_tables_with_room_grow_into_runs_of_neighbouring_pages():
     assert blocks.append(second, 8, room=4) is None
     assert (first, second) == ([0, 1, 2, 3], [4, 5, 6])
     blocks.check_integrity([first, second])
+
+
+def test_room_for_a_call_is_made_at_once_out_of_what_serves_none_of_its_prompts():
+    blocks = BlockManager(8, 2)
+    prompts = {first: (first, *range(20, 27)) for first in (1, 2)}
+    for tokens in prompts.values():
+        table = blocks.allocate(4)
+        blocks.publish(table, tokens, PageTrail())
+        blocks.free(table)
+    assert blocks.num_idle == 8
+    blocks.make_room(6, [prompts[1]])
+    # Three pages serve the first prompt (its last token is computed anew); of the others three
+    # give way, the longest unused first and of one prompt its end first.
+    assert blocks.num_evicted == 3 and blocks.num_idle == 5
+    assert blocks.match(prompts[1]).pages == (0, 1, 2)
+    assert blocks.match(prompts[2]).pages == (4, 5)
+    blocks.check_integrity([])
 
 
 def test_room_gives_way_when_nothing_else_is_free():
