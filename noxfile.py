@@ -118,6 +118,14 @@ def smollm2(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def trl(session: nox.Session) -> None:
+    """Train with TRL's own GRPOTrainer on an attached engine."""
+    session.install(TORCH)
+    session.install("-c", CONSTRAINTS, ".[trl]", *group("test"))
+    session.run("pytest", "tests/integrations", *session.posargs, env=OFFLINE)
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Compare rollouts with the peers, interleaved, and write one CSV."""
     install_project(session, "test")

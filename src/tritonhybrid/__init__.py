@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tritonhybrid import testing, trl
     from tritonhybrid.config import HybridConfig
     from tritonhybrid.containers.description import register_policy
     from tritonhybrid.engine import HybridEngine, unwrap, wrap
@@ -51,6 +52,7 @@ _HOMES = {
     "unwrap": "engine",
     "wrap": "engine",
 }
+_MODULES = ("testing", "trl")
 
 __all__ = [
     "CacheExhaustedError",
@@ -71,6 +73,8 @@ __all__ = [
     "TritonRollout",
     "UnsupportedModelError",
     "register_policy",
+    "testing",
+    "trl",
     "unwrap",
     "wrap",
 ]
@@ -78,6 +82,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the home of a public name when it is first asked for."""
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

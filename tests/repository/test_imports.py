@@ -15,6 +15,8 @@ PUBLIC_NAMES = (
     "TritonHybridError",
     "TritonRollout",
     "register_policy",
+    "testing",
+    "trl",
     "unwrap",
     "wrap",
 )
@@ -56,6 +58,12 @@ def test_importing_everything_public_loads_no_modelling_code(added_by_the_public
 def test_importing_everything_public_loads_no_drawing(added_by_the_public_names: set[str]):
     tops = {name.split(".")[0] for name in added_by_the_public_names}
     assert tops.isdisjoint({"matplotlib", "rich"})
+
+
+def test_importing_everything_public_loads_no_trl(added_by_the_public_names: set[str]):
+    tops = {name.split(".")[0] for name in added_by_the_public_names}
+    assert "tritonhybrid.trl" in added_by_the_public_names
+    assert tops.isdisjoint({"datasets", "trl"})
 
 
 def test_an_unknown_name_is_an_attribute_error():
