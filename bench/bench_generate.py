@@ -86,7 +86,7 @@ def contestants(
 
 def _on_the_module(weights: Weights, workload: Workload, device: str) -> Iterator[Contestant]:
     on_module: list[tuple[str, Callable[..., Any], bool]] = [
-        ("hf_sorted_batches", peers.hf_sorted_batches, workload.is_ragged),
+        ("hf_sorted", peers.hf_sorted, workload.is_ragged),
         ("hf_shared_prefix", peers.hf_shared_prefix, workload.n > 1),
     ]
     for name, make, applies in on_module:
