@@ -12,6 +12,7 @@ from tritonhybrid.batch import Batch
 from tritonhybrid.containers.fused import FusedLayer
 from tritonhybrid.containers.generic import ATTENTION_NAME, BATCH_KWARG, PagedStep
 from tritonhybrid.containers.head import Head
+from tritonhybrid.containers.norm import is_rms_norm, norm_eps
 from tritonhybrid.containers.parts import ModelParts, cache_name, configs
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan
@@ -139,14 +140,14 @@ class Binding:
         return forward
 
     def _bind_surroundings(self) -> None:
-        """Final norm in our kernel; the rotary module has said all in the tables."""
+        """Final norm in our kernel, if it is one; the rotary module has said all in the tables."""
         norm = self.parts.final_norm
-        if norm is not None and is_plain(norm) and type(norm).__name__.endswith("RMSNorm"):
-            description = self.plans[0].description
-            assert description is not None
+        description = self.plans[0].description
+        assert description is not None
+        offset = description.norm_weight_offset
+        eps = norm_eps(norm) if norm is not None else None
+        if norm is not None and eps is not None and is_rms_norm(norm, eps, offset):
             weight = cast("torch.Tensor", norm.weight).detach()
-            eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
-            offset = description.norm_weight_offset
             ops = self._ops
 
             def norm_forward(x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from tritonhybrid.containers.norm import norm_eps
 from tritonhybrid.containers.parts import qualified_name
 from tritonhybrid.errors import ConfigError, explain
 
@@ -65,6 +66,17 @@ class LayerDescription:
     gate_proj: str = "mlp.gate_proj"
     up_proj: str = "mlp.up_proj"
     down_proj: str = "mlp.down_proj"
+
+    @property
+    def norms(self) -> tuple[tuple[str, float, float], ...]:
+        """Path, epsilon and weight offset of every norm whose weight is read raw."""
+        norms = [
+            (path, self.norm_eps, self.norm_weight_offset)
+            for path in (self.input_norm, self.post_attention_norm)
+        ]
+        if self.qk_norm_eps is not None:
+            norms += [(path, self.qk_norm_eps, 0.0) for path in (self.q_norm, self.k_norm)]
+        return tuple(norms)
 
 
 class NotDescribableError(Exception):
@@ -145,24 +157,19 @@ def describe_from_structure(layer: nn.Module) -> LayerDescription:
         num_kv_heads=attention.k_proj.out_features // head_dim,
         head_dim=head_dim,
         scale=float(attention.scaling),
-        norm_eps=norm_eps(layer, "input_layernorm"),
-        qk_norm_eps=norm_eps(attention, "q_norm") if has_qk_norm else None,
+        norm_eps=_norm_eps(layer, "input_layernorm"),
+        qk_norm_eps=_norm_eps(attention, "q_norm") if has_qk_norm else None,
         window=int(window) if window is not None else None,
         activation=activation,
     )
 
 
-def norm_eps(owner: nn.Module, path: str) -> float:
-    """Epsilon of the RMS norm at ``path``.
-
-    Raises:
-        NotDescribableError: The module carries none.
-    """
-    norm: Any = attrgetter(path)(owner)
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if eps is None or not hasattr(norm, "weight"):
+def _norm_eps(owner: nn.Module, path: str) -> float:
+    norm = attrgetter(path)(owner)
+    eps = norm_eps(norm)
+    if eps is None:
         raise NotDescribableError(f"{path} is a {type(norm).__name__}, not an RMS norm")
-    return float(eps)
+    return eps
 
 
 def _require_children(module: nn.Module, name: str, required: set[str], optional: set[str]) -> None:

@@ -214,21 +214,19 @@ def attend(
 def obstacle(layer: nn.Module, description: LayerDescription) -> str | None:
     """Why the container may not stand in for a layer, or None if it may.
 
-    A hook on any of its modules would not run, and a norm's weight is read raw; only hooks
-    on and below projections do run (see Projection).
+    A hook on any of its modules would not run; only hooks on and below projections do run (see
+    Projection). What its norms compute, the probe looks into.
+
+    Raises:
+        AttributeError: The layer has no such norm.
     """
     d = description
     projections = (d.q_proj, d.k_proj, d.v_proj, d.o_proj, d.gate_proj, d.up_proj, d.down_proj)
     for path, module in layer.named_modules():
         if not path.startswith(projections) and not is_plain(module):
             return f"{path or 'the layer'} has a hook, a parametrisation or a forward of its own"
-    norms = [d.input_norm, d.post_attention_norm]
-    if d.qk_norm_eps is not None:
-        norms += [d.q_norm, d.k_norm]
-    for path in norms:
-        kind = type(attrgetter(path)(layer)).__name__
-        if not kind.endswith("RMSNorm"):
-            return f"{path} is a {kind}"
+    for path, *_ in d.norms:
+        layer.get_submodule(path)
     return None
 
 

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 
 from tritonhybrid.containers.description import NotDescribableError
+from tritonhybrid.containers.misfits import MISFITS
+from tritonhybrid.containers.norm import is_rms_norm
 from tritonhybrid.containers.parts import ModelParts, configs
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan, plan_layers
@@ -26,8 +29,6 @@ from tritonhybrid.kv_cache import LayerGeometry
 from tritonhybrid.long_rope import LongRope
 from tritonhybrid_kernels.ops import Ops
 
-# How code that does not fit a model fails; anything else is a fault, and not for the probe to hide.
-_MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _SHORT_WINDOW = 3
 _SHORT_ROPE = 5
 
@@ -143,7 +144,7 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope |
         reference = run_reference(parts)
         if reference.hidden.dtype not in TOLERANCE:
             raise ValueError(f"hidden states in {reference.hidden.dtype}")
-    except _MISFITS as error:
+    except MISFITS as error:
         failure = findings.forgive(error)
         return findings.to_hf(f"HF's forward does not fit the packed form ({failure})")
     if not (reference.hidden.isfinite().all() and reference.logits.isfinite().all()):
@@ -151,6 +152,7 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope |
         findings.is_lasting = False
         return findings.to_hf("HF's own forward gives values that are not finite")
     trial = Trial(parts, ops, reference, rope)
+    plans = [_check_norms(plan, parts.layers[plan.layer], findings) for plan in plans]
     if any(plan.path == "fused" for plan in plans):
         plans = _check_layers(trial, plans, findings)
     for attempt in (plans, _all_generic(plans)):
@@ -169,12 +171,23 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope |
     return findings.to_hf("; ".join(findings.notes))
 
 
+def _check_norms(plan: LayerPlan, layer: nn.Module, findings: _Findings) -> LayerPlan:
+    """Hold each norm that the container would read raw against its formula."""
+    for path, eps, offset in plan.description.norms if plan.description is not None else ():
+        norm = layer.get_submodule(path)
+        if not is_rms_norm(norm, eps, offset):
+            reason = f"{path} is a {type(norm).__name__} that is not the RMS norm described"
+            findings.notes.append(f"layer {plan.layer}: {reason}")
+            return plan.demoted("generic", reason)
+    return plan
+
+
 def _check_layers(trial: Trial, plans: list[LayerPlan], findings: _Findings) -> list[LayerPlan]:
     """Compare each fused layer alone, fed with HF's own input of that layer."""
     checked = list(plans)
     try:
         errors = trial.layer_errors(plans)
-    except _MISFITS as error:
+    except MISFITS as error:
         findings.notes.append(f"the fused container failed ({findings.forgive(error)})")
         return _all_generic(plans)
     for index, error in errors.items():
@@ -190,7 +203,7 @@ def _check_model(trial: Trial, plans: list[LayerPlan], findings: _Findings) -> s
     name = "fused" if all(plan.path == "fused" for plan in plans) else "generic"
     try:
         hidden, logits, counts = trial.run(plans)
-    except _MISFITS as error:
+    except MISFITS as error:
         return f"the {name} path failed ({findings.forgive(error)})"
     expected = sum(plan.path == "generic" for plan in plans)
     if counts != (expected, expected):
