@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from tritonhybrid.batch import Batch
+from tritonhybrid.containers.description import describe_head
 from tritonhybrid.containers.fused import FusedLayer
 from tritonhybrid.containers.generic import ATTENTION_NAME, BATCH_KWARG, PagedStep
 from tritonhybrid.containers.head import Head
@@ -53,7 +54,7 @@ class Binding:
         self.parts = parts
         self.plans = tuple(plans)
         self.step = PagedStep(cache, ops)
-        self.head = Head(parts, ops)
+        self.head = Head(parts.head, describe_head(parts), ops)
         self._ops = ops
         self._cache = cache
         self._max_length = max_length

@@ -1,4 +1,4 @@
-"""What a decoder layer computes, said declaratively, and who says it.
+"""What a decoder layer and a head compute, said declaratively, and who says it.
 
 A policy is registered under the qualified class name of a decoder layer, so that
 no modelling file is imported before its model is. A layer without a policy is
@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from tritonhybrid.containers.norm import norm_eps
-from tritonhybrid.containers.parts import qualified_name
+from tritonhybrid.containers.parts import ModelParts, qualified_name
 from tritonhybrid.errors import ConfigError, explain
 
 ACTIVATIONS = {
@@ -79,6 +79,23 @@ class LayerDescription:
         return tuple(norms)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadDescription:
+    """Logits of final hidden states: ``cap(scale * (W x + b))``.
+
+    ``cap(z) = softcap * tanh(z / softcap)``. Weight and bias are the projection's own.
+
+    Args:
+        scale: Factor on the projection.
+        divisor: Its reciprocal, where HF divides instead, which rounds differently.
+        softcap: Cap of the logits; None without one.
+    """
+
+    scale: float = 1.0
+    divisor: float | None = None
+    softcap: float | None = None
+
+
 class NotDescribableError(Exception):
     """The layer's structure is not one the fused container executes; says why."""
 
@@ -128,6 +145,19 @@ def describe(layer: nn.Module) -> LayerDescription:
         NotDescribableError: Neither applies.
     """
     return _POLICIES.get(qualified_name(layer), describe_from_structure)(layer)
+
+
+def describe_head(parts: ModelParts) -> HeadDescription:
+    """Describe a model's head by what its config calls it; the probe checks it."""
+    config: Any = parts.config
+    divisor = getattr(config, "logits_scaling", None)
+    scale = getattr(config, "logit_scale", None) or (1 / divisor if divisor else 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return HeadDescription(
+        scale=float(scale),
+        divisor=float(divisor) if divisor else None,
+        softcap=float(softcap) if softcap else None,
+    )
 
 
 def describe_from_structure(layer: nn.Module) -> LayerDescription:

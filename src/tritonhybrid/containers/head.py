@@ -1,12 +1,11 @@
-"""The output projection: facts, logits, and what the fused sampler needs."""
+"""The output projection: executes any head description."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import nn
 
-from tritonhybrid.containers.parts import ModelParts
+from tritonhybrid.containers.description import HeadDescription
 from tritonhybrid.containers.projection import Projection
 from tritonhybrid_kernels.ops import Ops
 
@@ -15,19 +14,25 @@ class Head:
     """From hidden states to logits, as the model's own forward does it.
 
     Args:
-        parts: The model; the head's parameters must be whole.
+        module: The model's output embeddings; their parameters must be whole.
+        description: What follows the projection.
         ops: The operations to call.
     """
 
-    def __init__(self, parts: ModelParts, ops: Ops) -> None:
+    def __init__(self, module: nn.Module, description: HeadDescription, ops: Ops) -> None:
+        self.description = description
         self.ops = ops
-        self.projection = Projection(parts.head)
-        config: Any = parts.config
-        scaling = getattr(config, "logits_scaling", None)
-        self.scale = float(getattr(config, "logit_scale", None) or (1 / scaling if scaling else 1))
-        self.divisor = float(scaling) if scaling else None
-        cap = getattr(config, "final_logit_softcapping", None)
-        self.softcap = float(cap) if cap else None
+        self.projection = Projection(module)
+
+    @property
+    def scale(self) -> float:
+        """Factor on the projection."""
+        return self.description.scale
+
+    @property
+    def softcap(self) -> float | None:
+        """Cap of the logits."""
+        return self.description.softcap
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in float32, rounded on the way where HF rounds.
@@ -38,12 +43,12 @@ class Head:
         Returns:
             [B, V] float32.
         """
-        p = self.projection
+        d, p = self.description, self.projection
         z = self.ops.linear(hidden, p.weight, p.bias) if p.is_raw else p(hidden)
-        if self.divisor is not None:
-            z = z / self.divisor
-        elif self.scale != 1:
-            z = z * self.scale
-        if self.softcap is not None:
-            z = torch.tanh(z / self.softcap) * self.softcap
+        if d.divisor is not None:
+            z = z / d.divisor
+        elif d.scale != 1:
+            z = z * d.scale
+        if d.softcap is not None:
+            z = torch.tanh(z / d.softcap) * d.softcap
         return z.float()

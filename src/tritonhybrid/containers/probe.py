@@ -155,6 +155,9 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope |
     plans = [_check_norms(plan, parts.layers[plan.layer], findings) for plan in plans]
     if any(plan.path == "fused" for plan in plans):
         plans = _check_layers(trial, plans, findings)
+    reason = _check_head(trial, findings)
+    if reason is not None:
+        return findings.to_hf("; ".join([*findings.notes, reason]))
     for attempt in (plans, _all_generic(plans)):
         reason = _check_model(trial, attempt, findings)
         if reason is None:
@@ -185,21 +188,36 @@ def _check_norms(plan: LayerPlan, layer: nn.Module, findings: _Findings) -> Laye
 def _check_layers(trial: Trial, plans: list[LayerPlan], findings: _Findings) -> list[LayerPlan]:
     """Compare each fused layer alone, fed with HF's own input of that layer."""
     checked = list(plans)
-    try:
-        errors = trial.layer_errors(plans)
-    except MISFITS as error:
-        findings.notes.append(f"the fused container failed ({findings.forgive(error)})")
-        return _all_generic(plans)
-    for index, error in errors.items():
-        if not error <= trial.tolerance:
-            reason = f"fused differs from HF by {error:.1e}"
-            checked[index] = plans[index].demoted("generic", reason)
-            findings.notes.append(f"layer {index}: {reason}")
+    for errors_of, tolerance, what in (
+        (trial.layer_errors, trial.tolerance, "fused differs from HF"),
+        (trial.score_errors, trial.score_tolerance, "fused differs from HF at high scores"),
+    ):
+        try:
+            errors = errors_of(checked)
+        except MISFITS as error:
+            findings.notes.append(f"the fused container failed ({findings.forgive(error)})")
+            return _all_generic(plans)
+        for index, error in errors.items():
+            if not error <= tolerance:
+                reason = f"{what} by {error:.1e}"
+                checked[index] = plans[index].demoted("generic", reason)
+                findings.notes.append(f"layer {index}: {reason}")
     return checked
 
 
+def _check_head(trial: Trial, findings: _Findings) -> str | None:
+    """Compare logits of the same hidden states, large ones too; says what is wrong."""
+    try:
+        error = trial.head_error()
+    except MISFITS as misfit:
+        return f"the head failed ({findings.forgive(misfit)})"
+    if not error <= trial.head_tolerance:
+        return f"the head's logits differ from HF's by {error:.1e}"
+    return None
+
+
 def _check_model(trial: Trial, plans: list[LayerPlan], findings: _Findings) -> str | None:
-    """Compare prefill, one decode step and the head; says what is wrong."""
+    """Compare prefill and one decode step; says what is wrong."""
     name = "fused" if all(plan.path == "fused" for plan in plans) else "generic"
     try:
         hidden, logits, counts = trial.run(plans)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 
 from tritonhybrid.batch import DecodeBuffers, prefill_batch
 from tritonhybrid.containers.binding import Binding
+from tritonhybrid.containers.description import describe_head
+from tritonhybrid.containers.head import Head
 from tritonhybrid.containers.parts import ModelParts
 from tritonhybrid.containers.plan import LayerPlan
-from tritonhybrid.containers.reference import PROMPT_LENGTHS, Reference
+from tritonhybrid.containers.reference import PROMPT_LENGTHS, Reference, layer_inputs
+from tritonhybrid.containers.scores import SCORE_TOLERANCE, high_scores
 from tritonhybrid.kv_cache import PagedKVCache
 from tritonhybrid.long_rope import LongRope
 from tritonhybrid.sampling_params import SamplingParams
@@ -18,6 +23,8 @@ from tritonhybrid_kernels.ops import Ops
 
 # Relative L2 of a layer's contribution that rounding explains; a wrong rule is off by 0.1 and more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# The same of logits of one and the same hidden state: one product, rounded once or twice.
+_HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _BLOCK_SIZE = 16
 
 
@@ -41,6 +48,8 @@ class Trial:
         self.dtype = reference.hidden.dtype
         self.device = reference.hidden.device
         self.tolerance = TOLERANCE[self.dtype]
+        self.score_tolerance = SCORE_TOLERANCE[self.dtype]
+        self.head_tolerance = _HEAD_TOLERANCE[self.dtype]
         # Rounding adds up over layers like a random walk.
         self.model_tolerance = self.tolerance * max(1.0, len(parts.layers) ** 0.5)
 
@@ -56,6 +65,36 @@ class Trial:
                     out = binding.container(plan.layer)(x, batch)
                     errors[plan.layer] = _contribution_distance(out, y, x)
         return errors
+
+    def score_errors(self, plans: list[LayerPlan]) -> dict[int, float]:
+        """Distance of what each fused layer's attention gives from HF's, where scores are high."""
+        fused = {plan.layer: plan.description for plan in plans if plan.description is not None}
+        with ExitStack() as lifted:
+            attended = {
+                index: lifted.enter_context(high_scores(self.parts.layers[index], description))
+                for index, description in fused.items()
+            }
+            inputs = layer_inputs(self.parts, self.reference)
+            theirs = {index: torch.cat(own) for index, own in attended.items()}
+            with self._bind(plans) as binding:
+                batch = prefill_batch(self._groups(0), _BLOCK_SIZE, self.device, self.long_rope)
+                for index in fused:
+                    binding.container(index)(inputs[index], batch)
+            return {index: distance(own[-1], theirs[index]) for index, own in attended.items()}
+
+    def head_error(self) -> float:
+        """Largest distance of our logits from HF's on one row of hidden states."""
+        head = Head(self.parts.head, describe_head(self.parts), self.ops)
+        reference = self.reference
+        rows = [
+            distance(ours, theirs)
+            for ours, theirs in zip(
+                head.logits(reference.head_inputs), reference.head_logits, strict=True
+            )
+            # Rows that were enlarged past what fp16 can hold say nothing.
+            if theirs.isfinite().all()
+        ]
+        return max(rows)
 
     def run(self, plans: list[LayerPlan]) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
         """Prefill all but the last token, decode it; hidden rows in packed order."""
