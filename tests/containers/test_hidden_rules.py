@@ -63,6 +63,23 @@ def test_what_a_model_does_to_its_logits_goes_to_hugging_faces_loop(dtype: Any, 
     assert any("the head's logits differ from HF's by" in note for note in stats.notes)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_model_that_goes_around_its_backbone_is_seen_through_too(dtype: Any):
+    model = build("opt").to(dtype)
+    assert hold(model).rollout(PROMPTS, GREEDY).stats.path == "generic"
+    base = type(model)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = base.forward(self, *args, **kwargs)
+        out.logits = 30 * torch.tanh(out.logits / 30)
+        return out
+
+    model.__class__ = type("Altered", (base,), {"forward": forward})
+    stats = rolled(model)
+    assert stats.path == "hf"
+    assert any("the head's logits differ from HF's by" in note for note in stats.notes)
+
+
 def capped_attention(base: type[nn.Module], cap: float) -> type[nn.Module]:
     """An attention class that caps its scores and calls no attention of the library's."""
 

@@ -138,19 +138,32 @@ def _logits(parts: ModelParts, prompt: tuple[int, ...]) -> torch.Tensor:
 
 def _logits_of(parts: ModelParts, hidden: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:
     """What the model's own forward makes of given hidden states: [R, D] to [R, V] float32."""
+    given = []
 
     def give(module: nn.Module, args: Any, out: Any) -> Any:
+        given.append(module)
         if isinstance(out, tuple):
             return (hidden.unsqueeze(0), *out[1:])
         out.last_hidden_state = hidden.unsqueeze(0)
         return out
 
-    # Last of all hooks, so that a user's own have had their effect on what it replaces.
+    def give_head(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        return (hidden.unsqueeze(0), *args[1:])
+
+    prompt = tokens[: len(hidden)]
+    # Last of its hooks, so that a user's own have had their effect on what is replaced.
     handle = parts.backbone.register_forward_hook(give)
     try:
-        logits = _logits(parts, tokens[: len(hidden)])
+        logits = _logits(parts, prompt)
     finally:
         handle.remove()
+    if not given:
+        # OPT's model calls a part of the backbone; what it does before the head stays unseen here.
+        handle = parts.head.register_forward_pre_hook(give_head, prepend=True)
+        try:
+            logits = _logits(parts, prompt)
+        finally:
+            handle.remove()
     if len(logits) != len(hidden):
         raise ValueError(f"{len(logits)} rows of logits for {len(hidden)} of hidden states")
     return logits

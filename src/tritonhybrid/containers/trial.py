@@ -94,7 +94,8 @@ class Trial:
             # Rows that were enlarged past what fp16 can hold say nothing.
             if theirs.isfinite().all()
         ]
-        return max(rows)
+        # Not Python's max, which may pass over a NaN.
+        return float(torch.tensor(rows).max())
 
     def run(self, plans: list[LayerPlan]) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
         """Prefill all but the last token, decode it; hidden rows in packed order."""
