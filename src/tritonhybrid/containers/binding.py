@@ -11,7 +11,7 @@ import torch
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.description import describe_head
 from tritonhybrid.containers.fused import FusedLayer
-from tritonhybrid.containers.generic import ATTENTION_NAME, BATCH_KWARG, PagedStep
+from tritonhybrid.containers.generic import ATTENTION_NAME, STEP_ATTRIBUTE, PagedStep
 from tritonhybrid.containers.head import Head
 from tritonhybrid.containers.norm import is_rms_norm, norm_eps
 from tritonhybrid.containers.parts import ModelParts, cache_name, configs
@@ -182,7 +182,7 @@ class Binding:
             if plan.path == "generic":
                 for module in layer.modules():
                     if isinstance(getattr(module, "layer_idx", None), int):
-                        self._patches.set(module, BATCH_KWARG, self.step)
+                        self._patches.set(module, STEP_ATTRIBUTE, self.step)
 
     def _rope_table(self) -> RopeTable | None:
         """Rows for every position, where our side does the rotating or says how."""

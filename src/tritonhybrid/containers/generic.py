@@ -16,7 +16,23 @@ from tritonhybrid.kv_cache import PagedKVCache
 from tritonhybrid_kernels.ops import Ops
 
 ATTENTION_NAME = "tritonhybrid_paged"
-BATCH_KWARG = "paged_step"
+# Where an attention module carries the step while it is bound.
+STEP_ATTRIBUTE = "paged_step"
+
+# What HF's layers tell the attention function: ours by theirs, and what changes nothing here.
+_FEATURES = {"sliding_window": "window", "softcap": "softcap", "s_aux": "sinks"}
+_HARMLESS = {
+    "cache",
+    "cache_position",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+}
+# Harmless with this value alone.
+_HARMLESS_VALUES = {"is_causal": True, "output_attentions": False}
 
 
 class PagedStep(Cache):
@@ -102,39 +118,53 @@ def paged_attention(
         attention_mask: None: no mask function is registered for this attention.
         scaling: Factor on the scores; None is E ** -0.5.
         dropout: Ignored: generation has none.
-        kwargs: The step under ``paged_step``; window, softcap and sinks of the layer.
+        kwargs: Window, softcap and sinks of the layer, and what changes nothing.
 
     Returns:
         [1, T, H, E'], and None for the weights.
+
+    Raises:
+        UnsupportedModelError: The layer makes a mask or asks for what is not known here; the
+            probe demotes its model.
     """
-    step: PagedStep = kwargs.get(BATCH_KWARG) or module.__dict__[BATCH_KWARG]
+    step: PagedStep = module.__dict__[STEP_ATTRIBUTE]
     batch = step.current()
     if attention_mask is not None:
         # A model that adds to the mask itself (sparse indexers do); the probe demotes it.
-        raise UnsupportedModelError(
-            explain(
-                "Attention over pages takes no mask",
-                expected="none",
-                got=f"one that {type(module).__name__} made itself",
-                hint="HF's own loop serves such a model.",
-            )
-        )
+        raise _refusal(module, "takes no mask", "none", "one of its own making")
     step.num_attentions += 1
     index: int = module.layer_idx  # type: ignore[assignment]
-    features = {
-        ours: kwargs[theirs]
-        for theirs, ours in (
-            ("sliding_window", "window"),
-            ("softcap", "softcap"),
-            ("s_aux", "sinks"),
-        )
-        if kwargs.get(theirs) is not None
-    }
+    features = _features(module, kwargs)
     q = query[0].transpose(0, 1).contiguous()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     keys, values = step.pages.keys[index], step.pages.values[index]
     out = attend(step.ops, q, keys, values, batch, scale=scale, **features)
     return out.unsqueeze(0), None
+
+
+def _features(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What attention over pages is to do, of all that a layer says; nothing is passed over."""
+    features = {}
+    for name, value in kwargs.items():
+        if value is None or name in _HARMLESS:
+            continue
+        if name in _FEATURES:
+            features[_FEATURES[name]] = value
+        elif name not in _HARMLESS_VALUES or value is not _HARMLESS_VALUES[name]:
+            known = f"one of {', '.join(_FEATURES)}"
+            raise _refusal(module, "does what it knows and no more", known, name)
+    return features
+
+
+def _refusal(module: nn.Module, rule: str, expected: str, got: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        explain(
+            f"Attention over pages {rule}",
+            expected=expected,
+            got=f"{got} from {type(module).__name__}",
+            hint="HF's own loop serves such a model.",
+        )
+    )
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
