@@ -297,6 +297,11 @@ def table() -> str:
         "Face's loop serves calls that may reach it, as it does a padded batch in which a row may.",
         "Dynamic NTK rope is always served by Hugging Face's loop.",
         "",
+        "Experts set to `eager`, whose loop asks the host which of them were hit, run as Hugging",
+        "Face's `grouped_mm` inside a rollout, where the probe finds that they give the same;",
+        "else `stats.notes` says that a decode step reads the host,",
+        "`tests/containers/test_experts.py`.",
+        "",
         "| Path | `model_type` | The tiny model has |",
         "| --- | --- | --- |",
     ]

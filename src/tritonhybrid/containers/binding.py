@@ -10,6 +10,7 @@ import torch
 
 from tritonhybrid.batch import Batch
 from tritonhybrid.containers.description import describe_head
+from tritonhybrid.containers.experts import eager_experts_configs
 from tritonhybrid.containers.fused import FusedLayer
 from tritonhybrid.containers.generic import ATTENTION_NAME, STEP_ATTRIBUTE, PagedStep
 from tritonhybrid.containers.head import Head
@@ -79,6 +80,7 @@ class Binding:
                 self._bind_rotary(rope)
             if any(plan.path == "generic" for plan in self.plans):
                 self._bind_attention()
+                self._bind_experts()
         except BaseException:
             self._patches.undo()
             raise
@@ -183,6 +185,12 @@ class Binding:
                 for module in layer.modules():
                     if isinstance(getattr(module, "layer_idx", None), int):
                         self._patches.set(module, STEP_ATTRIBUTE, self.step)
+
+    def _bind_experts(self) -> None:
+        for plan, layer in zip(self.plans, self.parts.layers, strict=True):
+            if plan.experts is not None:
+                for config in eager_experts_configs(layer):
+                    self._patches.set(config, "_experts_implementation_internal", plan.experts)
 
     def _rope_table(self) -> RopeTable | None:
         """Rows for every position, where our side does the rotating or says how."""

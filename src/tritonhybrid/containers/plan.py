@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from tritonhybrid.containers.description import LayerDescription, NotDescribableError, describe
+from tritonhybrid.containers.experts import GRAPH_LEGAL_EXPERTS, eager_experts_configs
 from tritonhybrid.containers.fused import obstacle
 from tritonhybrid.containers.parts import ModelParts, causal_model, find_parts
 from tritonhybrid.containers.rope import long_rope, rope_types
@@ -26,12 +27,14 @@ class LayerPlan:
         path: "fused", "generic" or "hf".
         reason: In words.
         description: What the fused container executes; None elsewhere.
+        experts: HF's experts implementation in place of the eager one; None leaves what is set.
     """
 
     layer: int
     path: Path
     reason: str
     description: LayerDescription | None = None
+    experts: str | None = None
 
     def demoted(self, path: Path, reason: str) -> LayerPlan:
         """The same layer on a slower path."""
@@ -112,7 +115,10 @@ def _plan_layer(index: int, layer: nn.Module) -> LayerPlan:
         description = describe(layer)
         reason = obstacle(layer, description)
     except (NotDescribableError, AttributeError, TypeError) as error:
-        return LayerPlan(index, "generic", f"{type(layer).__name__}: {error}")
-    if reason is not None:
+        reason = f"{type(layer).__name__}: {error}"
+    if reason is None:
+        return LayerPlan(index, "fused", f"{type(layer).__name__} is described", description)
+    if not eager_experts_configs(layer):
         return LayerPlan(index, "generic", reason)
-    return LayerPlan(index, "fused", f"{type(layer).__name__} is described", description)
+    reason = f"{reason}; experts by {GRAPH_LEGAL_EXPERTS}, not eager"
+    return LayerPlan(index, "generic", reason, experts=GRAPH_LEGAL_EXPERTS)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tritonhybrid.containers.description import NotDescribableError
+from tritonhybrid.containers.experts import GRAPH_LEGAL_EXPERTS, eager_experts_configs
 from tritonhybrid.containers.misfits import MISFITS
 from tritonhybrid.containers.norm import is_rms_norm
 from tritonhybrid.containers.parts import ModelParts, configs
@@ -75,7 +76,11 @@ def probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops) -> Verdict:
     # A layer that passed is bound by its description with the true window.
     pairs = zip(plans, verdict.plans, strict=True)
     return replace(
-        verdict, plans=tuple(plan if plan.path == found.path else found for plan, found in pairs)
+        verdict,
+        plans=tuple(
+            plan if (plan.path, plan.experts) == (found.path, found.experts) else found
+            for plan, found in pairs
+        ),
     )
 
 
@@ -158,9 +163,13 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope |
     reason = _check_head(trial, findings)
     if reason is not None:
         return findings.to_hf("; ".join([*findings.notes, reason]))
-    for attempt in (plans, _all_generic(plans)):
+    for attempt in _attempts(plans):
         reason = _check_model(trial, attempt, findings)
         if reason is None:
+            if any(eager_experts_configs(layer) for layer in parts.layers) and not any(
+                plan.experts for plan in attempt
+            ):
+                findings.notes.append("a decode step reads the host: eager experts")
             return Verdict(
                 tuple(attempt),
                 tuple(reference.geometry),
@@ -169,8 +178,6 @@ def _probe(parts: ModelParts, plans: list[LayerPlan], ops: Ops, rope: LongRope |
                 is_lasting=findings.is_lasting,
             )
         findings.notes.append(reason)
-        if all(plan.path == "generic" for plan in attempt):
-            break
     return findings.to_hf("; ".join(findings.notes))
 
 
@@ -236,6 +243,19 @@ def _check_model(trial: Trial, plans: list[LayerPlan], findings: _Findings) -> s
     if not error <= trial.model_tolerance:
         return f"{name} logits differ from HF's by {error:.1e}"
     return None
+
+
+def _attempts(plans: list[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    """Plans to try, each slower than the one before."""
+    yield plans
+    generic = _all_generic(plans)
+    if generic != plans:
+        yield generic
+    if any(plan.experts for plan in generic):
+        reason = f"eager experts: those by {GRAPH_LEGAL_EXPERTS} failed"
+        yield [
+            replace(plan, reason=reason, experts=None) if plan.experts else plan for plan in generic
+        ]
 
 
 def _all_generic(plans: list[LayerPlan]) -> list[LayerPlan]:
