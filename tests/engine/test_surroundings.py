@@ -53,6 +53,38 @@ def test_autocast_is_off_inside_a_call_and_said(engine: Any):
     assert plain.stats.notes == [] and plain.stats.path == out.stats.path == "fused"
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_autocast_of_an_engines_config_is_off_inside_a_call_and_said(stage: int):
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    json = {"zero_optimization": zero, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    engine = hybrid_engine(stage, json=json)
+    try:
+        seen: list[torch.dtype] = []
+        head = engine.module.lm_head
+        handle = head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        micro_step(engine, 0)
+        assert seen == [torch.bfloat16]
+        seen.clear()
+        out = engine.rollout(PROMPTS, GREEDY)
+        ids = torch.tensor([PROMPTS[0]])
+        generated = engine.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert set(seen) == {torch.float32}
+        expected = hf(engine)
+        assert tokens(out) == expected
+        assert generated[0, 3:].tolist() == expected[0]
+        assert "autocast to torch.bfloat16 is off inside the call" in "".join(out.stats.notes)
+        assert "computes in the weights' torch.float32" in "".join(out.stats.notes)
+        assert out.stats.path == "fused"
+        # The training forward is DeepSpeed's as before.
+        seen.clear()
+        micro_step(engine, 1)
+        assert seen == [torch.bfloat16]
+        handle.remove()
+    finally:
+        tritonhybrid.unwrap(engine)
+        engine.destroy()
+
+
 def test_a_forward_after_a_training_step_is_no_gather_of_the_callers(engine: Any):
     micro_step(engine, 0)
     engine.eval()
