@@ -7,32 +7,33 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import deepspeed.comm
 import pytest
 import torch
 from deepspeed.runtime.zero import GatheredParameters
-from models import (
-    hf_greedy,
-    hybrid_engine,
-    micro_step,
-    plain_copy,
-    ragged_prompts,
-    tokens,
+from failures import (
+    GREEDY,
+    PROMPTS,
+    Caught,
+    acting,
+    aftermath,
+    caught,
+    fail,
+    press_ctrl_c,
+    rank,
+    rollout_beside_hf,
 )
+from models import hybrid_engine, micro_step
 from ranks import RankError, RankPool
-from training_state import differences, snapshot
 
-from tritonhybrid import HybridConfig, RankFailureError, SamplingParams
+from tritonhybrid import HybridConfig, RankFailureError
 from tritonhybrid.runner import Runner
 from tritonhybrid.weights.arena import Arena
 from tritonhybrid.weights.gather_guard import GatherGuard
 from tritonhybrid.weights.roll_call import RollCall
 
-GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0)
-PROMPTS = ragged_prompts(4)
 IDS = torch.tensor([PROMPTS[1][:4]])
 
 FAILED_1 = "RankFailureError: rank 1 failed during a collective rollout:"
@@ -61,55 +62,12 @@ def lost_ranks(pytestconfig: pytest.Config) -> Iterator[Callable[[int], RankPool
         started.kill()
 
 
-def rank() -> int:
-    return torch.distributed.get_rank()
-
-
 def engine_for(call: str, timeout_s: float) -> Any:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     overrides = {"rope_parameters": rope} if call == "hf loop" else {}
     # Each layer a bucket of its own: the fourth and last bucket is the last layer's.
     config = HybridConfig(sync_timeout_s=timeout_s, tp_gather_partition_size=1)
     return hybrid_engine(3, config=config, **overrides)
-
-
-@contextmanager
-def acting(owner: Any, name: str, at: int, act: Callable[[], None]) -> Iterator[None]:
-    """On rank 1, act before the ``at``-th call of a function from now."""
-    original = getattr(owner, name)
-    count = 0
-
-    def acted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == at and rank() == 1:
-            act()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, acted)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-def caught(call: Callable[[], Any]) -> tuple[str, float]:
-    """The name and text of what a call raises, and the seconds it took."""
-    start = time.monotonic()
-    try:
-        call()
-        text = "nothing"
-    except BaseException as error:
-        text = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-    return text, time.monotonic() - start
-
-
-def fail() -> None:
-    raise ZeroDivisionError("on purpose")
-
-
-def press_ctrl_c() -> None:
-    signal.raise_signal(signal.SIGINT)
 
 
 # Between collectives.
@@ -120,7 +78,6 @@ def fail_between_collectives(call: str, kind: str) -> dict[str, Any]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     engine = engine_for(call, timeout_s=30.0)
     losses = [micro_step(engine, 0)]
-    before = snapshot(engine)
     points = {
         "allocation": (Arena, "__init__", 1, fail),
         "first copy": (Arena, "store", 1, fail),
@@ -130,18 +87,9 @@ def fail_between_collectives(call: str, kind: str) -> dict[str, Any]:
         "ctrl_c in the partitioning": (GatheredParameters, "__exit__", 2, press_ctrl_c),
     }
     with acting(*points[kind]):
-        error, seconds = caught(lambda: CALLS[call](engine))
-    changed = differences(before, snapshot(engine))
+        found = aftermath(engine, lambda: CALLS[call](engine))
     losses += [micro_step(engine, index) for index in (1, 2)]
-    after = tokens(engine.rollout(PROMPTS, GREEDY))
-    return {
-        "error": error,
-        "seconds": seconds,
-        "changed": changed,
-        "losses": losses,
-        "tokens": after,
-        "hf_tokens": hf_greedy(plain_copy(engine), PROMPTS, 8),
-    }
+    return {**found, "losses": losses, **rollout_beside_hf(engine)}
 
 
 def losses_without_calls(call: str) -> list[float]:
@@ -181,7 +129,6 @@ def fail_alike() -> dict[str, Any]:
     """Both ranks fail inside DeepSpeed's gather, at the same collective."""
     engine = engine_for("rollout", timeout_s=30.0)
     losses = [micro_step(engine, 0)]
-    before = snapshot(engine)
     original = GatheredParameters.__enter__
     count = 0
 
@@ -194,12 +141,11 @@ def fail_alike() -> dict[str, Any]:
 
     GatheredParameters.__enter__ = enter
     try:
-        error, seconds = caught(lambda: engine.rollout(PROMPTS, GREEDY))
+        found = aftermath(engine, lambda: engine.rollout(PROMPTS, GREEDY))
     finally:
         GatheredParameters.__enter__ = original
-    changed = differences(before, snapshot(engine))
     losses += [micro_step(engine, index) for index in (1, 2)]
-    return {"error": error, "seconds": seconds, "changed": changed, "losses": losses}
+    return {**found, "losses": losses}
 
 
 def test_ranks_that_fail_alike_inside_a_gather_stay_in_step(ranks):
@@ -234,17 +180,9 @@ def fail_inside_a_collective(call: str, kind: str, timeout_s: float) -> dict[str
         "asleep": (deepspeed.comm, "all_gather_into_tensor", 6, sleep),
         "asleep between": (Arena, "store", 2, sleep),
     }
-    before = snapshot(engine)
     with acting(*points[kind]):
-        error, seconds = caught(lambda: CALLS[call](engine))
-    changed = differences(before, snapshot(engine))
-    next_error, next_seconds = caught(lambda: engine.rollout(PROMPTS, GREEDY))
-    return {
-        "error": error,
-        "seconds": seconds,
-        "changed": changed,
-        "next": (next_error, next_seconds),
-    }
+        found = aftermath(engine, lambda: CALLS[call](engine))
+    return {**found, "next": caught(lambda: engine.rollout(PROMPTS, GREEDY))}
 
 
 def check_lost(result: dict[str, Any], error: str, seconds: float) -> None:
@@ -314,7 +252,7 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(lost_ranks, kind):
     check_lost(hung, "EngineStateError: Every rank takes part in a ZeRO-3 call: ", 12)
 
 
-def wait_for_a_device(kind: str) -> tuple[str, float]:
+def wait_for_a_device(kind: str) -> Caught:
     """As with NCCL: collectives are posted, and the host waits for a device that never ends."""
     engine = engine_for("rollout", timeout_s=2.0 if kind == "asleep" else 60.0)
     source = engine.__dict__["_tritonhybrid"].generation.source
@@ -357,15 +295,9 @@ def test_a_rank_failure_crosses_processes(is_group_lost):
 
 def die_in_a_step() -> dict[str, Any]:
     engine = engine_for("rollout", timeout_s=60.0)
-    before = snapshot(engine)
     with acting(Runner, "execute", 3, die):
-        error, seconds = caught(lambda: engine.rollout(PROMPTS, GREEDY))
-    return {
-        "error": error,
-        "seconds": seconds,
-        "changed": differences(before, snapshot(engine)),
-        "next": caught(lambda: engine.rollout(PROMPTS, GREEDY)),
-    }
+        found = aftermath(engine, lambda: engine.rollout(PROMPTS, GREEDY))
+    return {**found, "next": caught(lambda: engine.rollout(PROMPTS, GREEDY))}
 
 
 def test_a_rank_killed_while_it_decodes_is_an_error_on_the_others(lost_ranks):

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from failures import (
+    GREEDY,
+    PROMPTS,
+    acting,
+    aftermath,
+    caught,
+    fail,
+    press_ctrl_c,
+    rank,
+    rollout_beside_hf,
+)
 from models import (
     VOCAB,
     hf_greedy,
@@ -17,26 +27,9 @@ from models import (
     ragged_prompts,
     tokens,
 )
-from training_state import differences, snapshot
 
 from tritonhybrid import HybridConfig, SamplingParams
 from tritonhybrid.runner import Runner
-
-GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0)
-PROMPTS = ragged_prompts(4)
-
-
-def rank() -> int:
-    return torch.distributed.get_rank()
-
-
-def caught(call: Callable[[], Any]) -> str:
-    """The name and text of what a call raises."""
-    try:
-        call()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def unlike_ranks(stage: int) -> dict[str, Any]:
@@ -100,18 +93,8 @@ def one_rank_refuses(stage: int, case: str) -> dict[str, Any]:
             ids, max_new_tokens=3, do_sample=False, num_return_sequences=2 if is_bad else 1
         ),
     }
-    before = snapshot(engine)
-    error = caught(calls[case])
-    changed = differences(before, snapshot(engine))
-    loss = micro_step(engine, 0)
-    after = tokens(engine.rollout(PROMPTS, GREEDY))
-    return {
-        "error": error,
-        "changed": changed,
-        "loss": loss,
-        "tokens": after,
-        "hf_tokens": hf_greedy(plain_copy(engine), PROMPTS, 8),
-    }
+    found = aftermath(engine, calls[case])
+    return {**found, "loss": micro_step(engine, 0), **rollout_beside_hf(engine)}
 
 
 def healthy_loss(stage: int) -> float:
@@ -166,34 +149,9 @@ def one_rank_breaks_down(kind: str) -> dict[str, Any]:
     """Rank 1 fails in its third step, each rank goes on to train and to roll out."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     engine = hybrid_engine(3)
-    original = Runner.execute
-    steps = 0
-
-    def execute(self: Runner, step: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 3 and rank() == 1:
-            if kind == "error":
-                raise ZeroDivisionError("on purpose")
-            signal.raise_signal(signal.SIGINT)
-        return original(self, step)
-
-    before = snapshot(engine)
-    Runner.execute = execute
-    try:
-        error = caught(lambda: engine.rollout(PROMPTS, GREEDY))
-    finally:
-        Runner.execute = original
-    changed = differences(before, snapshot(engine))
-    loss = micro_step(engine, 0)
-    after = tokens(engine.rollout(PROMPTS, GREEDY))
-    return {
-        "error": error,
-        "changed": changed,
-        "loss": loss,
-        "tokens": after,
-        "hf_tokens": hf_greedy(plain_copy(engine), PROMPTS, 8),
-    }
+    with acting(Runner, "execute", 3, fail if kind == "error" else press_ctrl_c):
+        found = aftermath(engine, lambda: engine.rollout(PROMPTS, GREEDY))
+    return {**found, "loss": micro_step(engine, 0), **rollout_beside_hf(engine)}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +176,7 @@ def weights_turn_bad_everywhere() -> str:
     with torch.no_grad():
         for parameter in engine.module.parameters():
             parameter.ds_tensor.fill_(float("nan"))
-    return caught(lambda: engine.rollout(PROMPTS if rank() == 0 else [], GREEDY))
+    return caught(lambda: engine.rollout(PROMPTS if rank() == 0 else [], GREEDY)).error
 
 
 def test_non_finite_logits_reach_the_rank_without_prompts(ranks):
@@ -233,7 +191,7 @@ def one_rank_stays_away() -> str:
     engine = hybrid_engine(3, config=HybridConfig(sync_timeout_s=2.0))
     if rank() == 1:
         return "stayed away"
-    return caught(lambda: engine.rollout(PROMPTS, GREEDY))
+    return caught(lambda: engine.rollout(PROMPTS, GREEDY)).error
 
 
 def test_a_rank_that_stays_away_ends_in_an_error_within_the_timeout(ranks):
