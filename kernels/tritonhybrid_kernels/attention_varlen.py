@@ -27,7 +27,12 @@ from torch import Tensor
 from tritonhybrid_kernels.attention_config import AttentionConfig, attention_config
 from tritonhybrid_kernels.attention_tile import attend_tile
 from tritonhybrid_kernels.launch import LaunchCase, check_launchable, device_arch, launch_options
-from tritonhybrid_kernels.paged_cache import check_attention, check_index
+from tritonhybrid_kernels.paged_cache import (
+    attention_numbers,
+    check_attention,
+    check_index,
+    refuse_features,
+)
 
 
 @triton.jit
@@ -191,19 +196,8 @@ def attention_varlen(
         KernelArgumentError: a shape, dtype, device or stride is not as above.
     """
     op = "attention_varlen"
-    check_attention(
-        op,
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        context_lens,
-        out,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
+    refuse_features(op, sinks=sinks, alibi_slopes=alibi_slopes)
+    check_attention(op, q, k_cache, v_cache, block_table, context_lens, out, window, softcap)
     num_seqs = block_table.shape[0]
     check_index(op, "cu_seqlens_q", cu_seqlens_q, num_seqs + 1, torch.int32, q.device)
     if out is None:
@@ -226,14 +220,7 @@ def attention_varlen(
         context_lens,
         out,
         num_seqs,
-        q.stride(0),
-        k_cache.stride(0),
-        v_cache.stride(0),
-        block_table.stride(0),
-        out.stride(0),
-        scale,
-        softcap or 0.0,
-        window or 0,
+        *attention_numbers(q, k_cache, v_cache, block_table, out, scale, window, softcap),
         **config.constants(group, num_kv_heads, head_dim, block_size, softcap, window),
         **config.options,
         **launch_options(q.device),

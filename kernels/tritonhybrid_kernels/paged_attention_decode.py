@@ -41,7 +41,11 @@ from tritonhybrid_kernels.launch import (
     decode_options,
     require,
 )
-from tritonhybrid_kernels.paged_cache import check_attention
+from tritonhybrid_kernels.paged_cache import (
+    attention_numbers,
+    check_attention,
+    refuse_features,
+)
 
 
 @triton.jit(do_not_specialize=["num_splits", "window"])
@@ -178,19 +182,8 @@ def paged_attention_decode(
         KernelArgumentError: a shape, dtype, device or stride is not as above.
     """
     op = "paged_attention_decode"
-    check_attention(
-        op,
-        q,
-        k_cache,
-        v_cache,
-        block_table,
-        context_lens,
-        out,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
+    refuse_features(op, sinks=sinks, alibi_slopes=alibi_slopes)
+    check_attention(op, q, k_cache, v_cache, block_table, context_lens, out, window, softcap)
     batch, num_heads, head_dim = q.shape
     check_shape(op, "block_table", block_table, (batch, block_table.shape[1]))
     if out is None:
@@ -236,14 +229,7 @@ def paged_attention_decode(
         values,
         stats,
         num_splits,
-        q.stride(0),
-        k_cache.stride(0),
-        v_cache.stride(0),
-        block_table.stride(0),
-        out.stride(0),
-        scale,
-        softcap or 0.0,
-        window or 0,
+        *attention_numbers(q, k_cache, v_cache, block_table, out, scale, window, softcap),
         **config.constants(group, num_kv_heads, head_dim, block_size, softcap, window),
         IS_SPLIT=num_splits > 1,
         **config.options,

@@ -1,4 +1,4 @@
-"""Checks of the paged key and value cache and its block table, shared by the ops that use them.
+"""The paged key and value cache and its block table: what the ops that use them share.
 
 Layout: caches [N, S, K, E], N blocks of S slots; a block is contiguous, blocks may lie apart.
 Sequence b's token j is in block ``block_table[b, j // S]`` at slot ``j % S``.
@@ -64,6 +64,22 @@ def check_index(
     )
 
 
+def refuse_features(op: str, **features: Tensor | None) -> None:
+    """Check that no feature is asked for that only the torch path has.
+
+    Raises:
+        KernelArgumentError: one is; the message names it.
+    """
+    for name, feature in features.items():
+        require(
+            feature is None,
+            f"{op}: {name} has no Triton kernel yet",
+            None,
+            type(feature).__name__,
+            f"Run the torch path: select_ops('triton', torch_ops=frozenset({{'{op}'}})).",
+        )
+
+
 def check_attention(
     op: str,
     q: Tensor,
@@ -72,26 +88,15 @@ def check_attention(
     block_table: Tensor,
     context_lens: Tensor,
     out: Tensor | None,
-    *,
     window: int | None,
     softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
 ) -> None:
     """Check what the launchers of prefill and decode attention share.
 
     Raises:
         KernelArgumentError: a shape, dtype, device, stride or number is not as their docstrings
-            say, or a feature without a Triton kernel is asked for; the message names it.
+            say; the message names it.
     """
-    for name, feature in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        require(
-            feature is None,
-            f"{op}: {name} has no Triton kernel yet",
-            None,
-            type(feature).__name__,
-            f"Run the torch path: select_ops('triton', torch_ops=frozenset({{'{op}'}})).",
-        )
     check_operands(op, q=q, k_cache=k_cache, v_cache=v_cache, out=out)
     check_rank(op, "q", q, 3, "[tokens, H, E]")
     check_heads(op, "q", q)
@@ -138,3 +143,26 @@ def check_attention(
             f"strides {out.stride()}",
             "Allocate out as [tokens, H, E].",
         )
+
+
+def attention_numbers(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    out: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[int | float, ...]:
+    """Return strides, scale, softcap and window, as the kernels of both attentions take them."""
+    return (
+        q.stride(0),
+        k_cache.stride(0),
+        v_cache.stride(0),
+        block_table.stride(0),
+        out.stride(0),
+        scale,
+        softcap or 0.0,
+        window or 0,
+    )
