@@ -9,7 +9,8 @@ import torch
 from family_zoo import build
 from hf_reference import hf_alone, prompts
 
-from tritonhybrid import SamplingParams
+from tritonhybrid import SamplingParams, generation
+from tritonhybrid.containers.probe import probe
 from tritonhybrid.testing import check_family, hold
 
 PROMPTS = prompts(3, 9)
@@ -62,3 +63,18 @@ def test_what_is_not_known_sends_the_model_to_hugging_faces_loop(said: dict[str,
     (note,) = out.stats.notes
     assert "Attention over pages does what it knows and no more" in note
     assert f"got {next(iter(said))} from Telling" in note
+
+
+def test_a_refusal_is_asked_for_once(monkeypatch: pytest.MonkeyPatch):
+    probed: list[Any] = []
+
+    def counting(*args: Any) -> Any:
+        probed.append(probe(*args))
+        return probed[-1]
+
+    monkeypatch.setattr(generation, "probe", counting)
+    engine = hold(telling(sinks=torch.zeros(4)))
+    params = SamplingParams(max_new_tokens=2)
+    paths = [engine.rollout(PROMPTS, params).stats.path for _ in range(3)]
+    assert paths == ["hf"] * 3
+    assert [verdict.is_native for verdict in probed] == [False]

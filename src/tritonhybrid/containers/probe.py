@@ -201,8 +201,8 @@ def _check_layers(trial: Trial, plans: list[LayerPlan], findings: _Findings) -> 
     ):
         try:
             errors = errors_of(checked)
-        except MISFITS as error:
-            findings.notes.append(f"the fused container failed ({findings.forgive(error)})")
+        except MISFITS as misfit:
+            findings.notes.append(f"the fused container failed ({findings.forgive(misfit)})")
             return _all_generic(plans)
         for index, error in errors.items():
             if not error <= tolerance:
@@ -228,8 +228,8 @@ def _check_model(trial: Trial, plans: list[LayerPlan], findings: _Findings) -> s
     name = "fused" if all(plan.path == "fused" for plan in plans) else "generic"
     try:
         hidden, logits, counts = trial.run(plans)
-    except MISFITS as error:
-        return f"the {name} path failed ({findings.forgive(error)})"
+    except MISFITS as misfit:
+        return f"the {name} path failed ({findings.forgive(misfit)})"
     expected = sum(plan.path == "generic" for plan in plans)
     if counts != (expected, expected):
         return (
@@ -268,6 +268,6 @@ def _all_generic(plans: list[LayerPlan]) -> list[LayerPlan]:
 def _may_pass(error: Exception) -> bool:
     """Whether the next call may fare better, as after a user's hook or a device that failed once.
 
-    Asked anew each call, the probe costs two tiny forwards beside HF's own loop.
+    Asked anew each call, the probe costs a few tiny forwards beside HF's own loop.
     """
     return isinstance(error, RuntimeError) and not isinstance(error, TritonHybridError)

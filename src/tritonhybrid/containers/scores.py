@@ -42,7 +42,7 @@ def high_scores(layer: nn.Module, description: LayerDescription) -> Iterator[lis
     attended: list[torch.Tensor] = []
 
     def raise_output(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-        return out.tanh() + lift
+        return out.tanh().add_(lift)
 
     def keep_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         attended.append(args[0].flatten(0, -2))

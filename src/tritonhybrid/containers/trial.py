@@ -69,6 +69,8 @@ class Trial:
     def score_errors(self, plans: list[LayerPlan]) -> dict[int, float]:
         """Distance of what each fused layer's attention gives from HF's, where scores are high."""
         fused = {plan.layer: plan.description for plan in plans if plan.description is not None}
+        if not fused:
+            return {}
         with ExitStack() as lifted:
             attended = {
                 index: lifted.enter_context(high_scores(self.parts.layers[index], description))
