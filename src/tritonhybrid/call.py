@@ -25,6 +25,7 @@ class Call:
         policy_version: Of the weights: the engine's optimizer steps.
         stats: Filled as the call goes on.
         token_budget: Tokens after which the call stops at the end of a step; None sets none.
+        max_num_seqs: Most of its sequences in flight, where the settings don't say fewer.
         resumed: The rollout that it goes on with.
         paused: What it leaves undone.
         aborts: Prompts that the caller gives up; taken note of after each step.
@@ -37,6 +38,7 @@ class Call:
     policy_version: int = 0
     stats: RolloutStats = field(default_factory=RolloutStats)
     token_budget: int | None = None
+    max_num_seqs: int | None = None
     resumed: PausedRollout | None = None
     paused: PausedRollout | None = None
     aborts: list[int] = field(default_factory=list)

@@ -56,6 +56,7 @@ class HybridEngine(_Base):
         uids: Sized[int] | None = None,
         attention_mask: torch.Tensor | None = None,
         token_budget: int | None = None,
+        max_num_seqs: int | None = None,
     ) -> RolloutOutput:
         """Sample completions of ragged prompts from the weights being trained.
 
@@ -73,6 +74,8 @@ class HybridEngine(_Base):
             attention_mask: [B, T], 1 on real tokens; only with a tensor.
             token_budget: Tokens of all completions together, on this rank, after which the
                 call stops at the end of a step; :meth:`resume` goes on. None sets no limit.
+            max_num_seqs: Most sequences in flight; None leaves it to the settings, which
+                it can't exceed.
 
         Returns:
             n completions a prompt, adjacent, in input order.
@@ -84,7 +87,7 @@ class HybridEngine(_Base):
             RankFailureError: Another rank failed.
         """
         state = _state(self)
-        with state.call(token_budget) as call:
+        with state.call(token_budget, max_num_seqs) as call:
             sequences = self._sequences(call, prompts, sampling, uids, attention_mask)
             state.generation.run(sequences, call)
             call.count(sequences)
@@ -258,7 +261,7 @@ class HybridEngine(_Base):
     @property
     def latency_report(self) -> LatencyReport | None:
         """DeepSpeed's report of the last eval-to-eval cycle; None before the second eval."""
-        return _state(self).latency
+        return _state(self).stats.latency
 
     @property
     def hybrid_config(self) -> HybridConfig:
@@ -272,9 +275,10 @@ class HybridEngine(_Base):
             What the base engine's ``eval`` returns.
         """
         state = _state(self)
-        state.latency = state.clock.on_eval() or state.latency
-        if state.latency is not None and _rank() == 0:
-            logger.info("%s", state.latency.line())
+        report = state.clock.on_eval() or state.stats.latency
+        state.stats.latency = report
+        if report is not None and _rank() == 0:
+            logger.info("%s", report.line())
         return super().eval()
 
     def train(self, mode: bool = True) -> Any:

@@ -16,7 +16,7 @@ from tritonhybrid.errors import ConfigError, EngineStateError, explain
 from tritonhybrid.generation import Generation
 from tritonhybrid.interrupts import InterruptsHeld
 from tritonhybrid.latency import LatencyClock
-from tritonhybrid.stats import LatencyReport, RolloutStats
+from tritonhybrid.stats import RolloutStats
 from tritonhybrid.weights.agreement import CollectiveCall
 
 
@@ -41,7 +41,6 @@ class EngineState:
     policy_version: int = 0
     clock: LatencyClock = field(default_factory=LatencyClock)
     stats: RolloutStats = field(default_factory=RolloutStats)
-    latency: LatencyReport | None = None
     is_busy: bool = False
 
     def require_idle(self, act: str) -> None:
@@ -66,7 +65,9 @@ class EngineState:
         self.generation.forget()
 
     @contextmanager
-    def call(self, token_budget: int | None = None) -> Iterator[Call]:
+    def call(
+        self, token_budget: int | None = None, max_num_seqs: int | None = None
+    ) -> Iterator[Call]:
         """One rollout or generate call: not nested, timed, its failure every rank's.
 
         Ctrl-C waits inside, except where the call lets it through, so that it can't come
@@ -74,10 +75,11 @@ class EngineState:
 
         Args:
             token_budget: Tokens after which the call stops; None sets no limit.
+            max_num_seqs: Most sequences in flight; None leaves it to the settings.
 
         Raises:
             EngineStateError: Another call is under way.
-            ConfigError: The budget is out of range.
+            ConfigError: A limit is out of range.
             RankFailureError: Another rank failed.
         """
         if self.is_busy:
@@ -99,12 +101,14 @@ class EngineState:
                 interrupts=interrupts,
                 policy_version=self.policy_version,
                 token_budget=token_budget,
+                max_num_seqs=max_num_seqs,
             )
             start = time.perf_counter()
             self.is_busy = True
             try:
                 with collective:
-                    _check_budget(token_budget)
+                    _check_limit("token_budget", token_budget)
+                    _check_limit("max_num_seqs", max_num_seqs)
                     yield call
                     # A Ctrl-C by now is this call's failure, and with it every rank's.
                     interrupts.deliver()
@@ -113,20 +117,21 @@ class EngineState:
                 if self.config.release_inference_cache:
                     self.generation.release()
                 call.stats.total_s = time.perf_counter() - start
+                call.stats.latency = self.stats.latency
                 self.stats = call.stats
                 self.clock.on_call(call.stats, call.num_samples * world_size())
 
 
-def _check_budget(token_budget: object) -> None:
-    is_whole = isinstance(token_budget, int) and not isinstance(token_budget, bool)
-    if token_budget is None or (is_whole and token_budget >= 1):  # type: ignore[operator]
+def _check_limit(name: str, value: object) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (is_whole and value >= 1):  # type: ignore[operator]
         return
     raise ConfigError(
         explain(
-            "token_budget is out of range",
+            f"{name} is out of range",
             expected="a whole number >= 1, or None",
-            got=repr(token_budget),
-            hint="Pass the tokens that the call may sample on this rank.",
+            got=repr(value),
+            hint=f"Pass {name}=1 or more, or leave it out.",
         )
     )
 

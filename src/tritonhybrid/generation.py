@@ -339,7 +339,7 @@ class Generation:
                 runner = Runner(
                     binding,
                     cache,
-                    max_num_seqs=min(self.config.max_num_seqs, len(sequences)),
+                    max_num_seqs=min(scheduler.options.max_num_seqs, len(sequences)),
                     max_blocks=scheduler.blocks.blocks_for(max_length),
                     device=self.device,
                     long_rope=rope,
@@ -399,7 +399,7 @@ class Generation:
         scheduler = Scheduler(
             blocks,
             SchedulerOptions(
-                max_num_seqs=config.max_num_seqs,
+                max_num_seqs=min(config.max_num_seqs, call.max_num_seqs or config.max_num_seqs),
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 has_chunks=config.enable_chunked_prefill,
                 is_mixed=config.enable_mixed_steps,

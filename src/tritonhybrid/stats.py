@@ -37,6 +37,8 @@ class RolloutStats:
         kv_bytes: Size of the key-value cache.
         extra_weight_bytes: Weight bytes allocated beyond the training copy.
         notes: Announced decisions, in words.
+        latency: DeepSpeed's report of the last eval-to-eval cycle; None before the second
+            ``eval()``.
     """
 
     path: str = ""
@@ -64,6 +66,7 @@ class RolloutStats:
     kv_bytes: int = 0
     extra_weight_bytes: int = 0
     notes: list[str] = field(default_factory=list)
+    latency: LatencyReport | None = None
 
     @property
     def tokens_per_s(self) -> float:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +131,12 @@ class TritonRollout(RolloutEngine):  # type: ignore[misc]
             },
         )
         prepared = time.perf_counter()
-        with self._at_most(sampling.continuous_batch_size):
-            out = self.engine.rollout(
-                request.prompt_ids, params, attention_mask=request.prompt_attention_mask
-            )
+        out = self.engine.rollout(
+            request.prompt_ids,
+            params,
+            attention_mask=request.prompt_attention_mask,
+            max_num_seqs=sampling.continuous_batch_size,
+        )
         generated = time.perf_counter()
         is_continuous = sampling.continuous_batch_size is not None
         mask_dtype = request.prompt_attention_mask.dtype if is_continuous else torch.int64
@@ -187,18 +188,6 @@ class TritonRollout(RolloutEngine):  # type: ignore[misc]
                 )
             )
         return int(pad), ends
-
-    @contextmanager
-    def _at_most(self, rows: int | None) -> Iterator[None]:
-        """Bound the rows in flight of the rollouts inside."""
-        generation = self.engine._tritonhybrid.generation
-        config = generation.config
-        if rows is not None and rows < config.max_num_seqs:
-            generation.config = dataclasses.replace(config, max_num_seqs=rows)
-        try:
-            yield
-        finally:
-            generation.config = config
 
 
 def _batch(
