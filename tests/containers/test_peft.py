@@ -128,6 +128,20 @@ def test_lora_without_a_task_type_gives_hugging_faces_tokens():
     assert ours[0, 5:].tolist() == hf_tokens(model)[0]
 
 
+def test_alora_goes_to_hugging_faces_loop_and_begins_at_its_invocation_tokens():
+    model = lora("llama", ["q_proj", "v_proj"], alora_invocation_tokens=[7, 8])
+    engine = hold(model)
+    tokens = our_tokens(engine)
+    assert "aLoRA" in engine.stats.notes[0]
+    assert tokens == hf_tokens(model)
+    base = our_tokens(hold(build("llama")))
+    # Only the first prompt holds the invocation tokens.
+    assert tokens[0] != base[0] and tokens[1:] == base[1:]
+    ids = torch.tensor([PROMPTS[0]])
+    ours = engine.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert ours[0, 5:].tolist() == tokens[0]
+
+
 # PEFT warns of the position_ids that HF's generate hands it, with or without us.
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 def test_prompt_tuning_goes_to_hugging_faces_loop_with_its_virtual_tokens():

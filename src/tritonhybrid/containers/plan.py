@@ -93,6 +93,9 @@ def unsuited(parts: ModelParts, max_length: int | None, shortest: int | None = N
         parts.outer.active_peft_config, "is_prompt_learning", False
     ):
         return "PEFT prompt learning puts virtual tokens before the prompt"
+    adapters = getattr(parts.outer, "peft_config", None) or {}
+    if any(getattr(each, "alora_invocation_tokens", None) for each in adapters.values()):
+        return "aLoRA adapters begin at their invocation tokens"
     return None
 
 
