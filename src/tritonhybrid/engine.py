@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import deepspeed
@@ -199,8 +200,8 @@ class HybridEngine(_Base):
 
         Greedy decoding gives HF's tokens, sampling HF's processed distributions;
         ``do_sample`` takes one integer from torch's generator. What our loop does
-        not serve (beams, custom processors, streamers, ...) runs HF's own decoding
-        over whole weights, announced once.
+        not serve (beams, custom processors, scores, ...) runs HF's own decoding over
+        whole weights, announced once; docs/generate.md has every argument's way.
 
         Args:
             inputs: As ``GenerationMixin.generate`` takes them.
@@ -228,6 +229,7 @@ class HybridEngine(_Base):
                 mask: torch.Tensor | None,
                 params: SamplingParams,
                 hf_decoding: Callable[[], Any],
+                on_token: Callable[[int], None] | None,
             ) -> Any:
                 sequences = build_sequences(
                     input_ids,
@@ -236,6 +238,11 @@ class HybridEngine(_Base):
                     seed=0,
                     attention_mask=mask,
                 )
+                if on_token is not None:
+                    # A streamer may wait for its reader, and Ctrl-C must reach it.
+                    sequences[0].on_token = lambda token: call.interrupts.let_through(
+                        partial(on_token, token)
+                    )
                 theirs = generation.run(
                     sequences,
                     call,
@@ -248,7 +255,7 @@ class HybridEngine(_Base):
             def fallback(reason: str, decode: Any) -> Any:
                 return generation.run_hf_decoding(reason, decode, call)
 
-            out = serve_generate(original, inputs, kwargs, native, fallback)
+            out = serve_generate(original, inputs, kwargs, native, fallback, call.stats.note)
             if call.stats.path == "hf":
                 _count_decoded(call, inputs, kwargs, out, module)
             return out

@@ -193,20 +193,9 @@ class Generation:
                     "the caller has gathered the weights, at addresses that change each call; "
                     "ds3_gather_for_generation=False lets this engine gather into its own arena"
                 )
-            if weights.autocast_dtype is not None:
-                self._announce(
-                    stats,
-                    f"autocast to {weights.autocast_dtype} is off inside the call: it computes in "
-                    f"the weights' {causal_model(self.module).dtype}",
-                )
-            if weights.was_training and sequences:
-                self._announce(
-                    stats,
-                    "called in training mode: dropout is off and gradient checkpointing inert "
-                    "for the call; modes were put back",
-                )
             if not sequences:
                 return None
+            self._announce_modes(weights, stats)
             return (yield from self._serve(parts, sequences, call, hf_decoding, is_padded))
 
     def run_hf_decoding(self, reason: str, decode: Callable[[], Any], call: Call) -> Any:
@@ -222,9 +211,10 @@ class Generation:
         """
         parts = find_parts(self.module)
         stats = call.stats
-        with self._materialised(parts, call):
+        with self._materialised(parts, call) as weights:
             stats.path, stats.backend, stats.sampler = "hf", "torch", "hf"
             self._announce(stats, f"HF's own decoding serves this call: {reason}")
+            self._announce_modes(weights, stats)
             return self._with_hf_generate(decode, call)
 
     @contextmanager
@@ -240,6 +230,21 @@ class Generation:
             call.stats.gather_bytes = weights.gather_bytes
             call.stats.extra_weight_bytes = weights.extra_bytes
             yield weights
+
+    def _announce_modes(self, weights: Materialisation, stats: RolloutStats) -> None:
+        """Say what the call has off that was on around it."""
+        if weights.autocast_dtype is not None:
+            self._announce(
+                stats,
+                f"autocast to {weights.autocast_dtype} is off inside the call: it computes in "
+                f"the weights' {causal_model(self.module).dtype}",
+            )
+        if weights.was_training:
+            self._announce(
+                stats,
+                "called in training mode: dropout is off and gradient checkpointing inert "
+                "for the call; modes were put back",
+            )
 
     def _with_hf_generate(self, decode: Callable[[], Any], call: Call) -> Any:
         """Decode while the module's generate is HF's: assisted decodings call it again."""

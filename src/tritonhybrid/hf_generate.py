@@ -62,17 +62,23 @@ _SERVED_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 _CACHES = ("cache", "past_key_values")
 # A tokenizer serves stop strings; HF hands it to its own decodings only.
 # A cache that the caller hands over is to be filled, or read: ours has another shape.
+# PEFT hooks its adapters, row by row of the padded batch: our rows are packed.
 _OWN_DECODING = (
     *_CACHES,
+    "adapter_names",
+    "alora_offsets",
     "assistant_model",
+    "assistant_tokenizer",
     "custom_generate",
     "logits_processor",
     "num_beams",
     "stopping_criteria",
-    "streamer",
     "tokenizer",
 )
-_PARAMETERS = tuple(signature(GenerationMixin.generate).parameters)[1:]
+# All but self and the keyword arguments.
+_PARAMETERS = tuple(signature(GenerationMixin.generate).parameters)[1:-1]
+# The ids and the generation config.
+_NUM_POSITIONAL = 2
 _MODEL_KWARGS = {
     "attention_mask",
     "position_ids",
@@ -83,8 +89,9 @@ _MODEL_KWARGS = {
     "cache_implementation",
 }
 
+OnToken = Callable[[int], None]
 NativeDecoding = Callable[
-    [torch.Tensor, torch.Tensor | None, SamplingParams, Callable[[], Any]], Any
+    [torch.Tensor, torch.Tensor | None, SamplingParams, Callable[[], Any], OnToken | None], Any
 ]
 Fallback = Callable[[str, Callable[[], Any]], Any]
 
@@ -95,6 +102,7 @@ def serve_generate(
     kwargs: dict[str, Any],
     native: NativeDecoding,
     fallback: Fallback,
+    note: Callable[[str], None],
 ) -> Any:
     """Serve one ``module.generate(*inputs, **kwargs)``.
 
@@ -103,23 +111,42 @@ def serve_generate(
         inputs: Positional arguments of generate.
         kwargs: Keyword arguments of generate.
         native: Samples left-padded ids [B, T] with mask and parameters; returns
-            each row's new tokens, or what HF's decoding (the last argument) returns
-            where our loop can't serve the model.
+            each row's new tokens, or what HF's decoding (the fourth argument) returns
+            where our loop can't serve the model. The last argument hears each token of
+            the only row.
         fallback: Runs HF's decoding over whole weights, given the reason.
+        note: Writes down what the answer lacks.
 
     Returns:
         What HF's generate returns.
+
+    Raises:
+        ConfigError: HF's continuous batching is asked for.
     """
-    if "synced_gpus" not in _PARAMETERS[: len(inputs)]:
-        # Weights are whole: no rank needs the others' forwards.
-        kwargs["synced_gpus"] = False
+    inputs, kwargs = _named(inputs, kwargs)
+    if len(inputs) > _NUM_POSITIONAL:
+        # For Python to refuse.
+        return original(*inputs, **kwargs)
+    # Weights are whole: no rank needs the others' forwards.
+    kwargs["synced_gpus"] = False
+    if kwargs.get("cache_implementation") == "paged":
+        raise ConfigError(
+            explain(
+                "generate's cache_implementation 'paged' is HF's continuous batching, on "
+                "threads of its own that no weights are gathered for",
+                expected="another cache, or none named",
+                got="cache_implementation='paged'",
+                hint="Leave it out: our loop pages and batches continuously as it is.",
+            )
+        )
 
     def hf_generate() -> Any:
         return original(*inputs, **kwargs)
 
-    own = _asked_of_hf({**dict(zip(_PARAMETERS, inputs, strict=False)), **kwargs})
+    own = _asked_of_hf(kwargs)
     if own:
         return fallback(", ".join(own), hf_generate)
+    streamer = kwargs.get("streamer")
 
     def decode(
         model: Any,
@@ -137,13 +164,52 @@ def serve_generate(
             model_kwargs,
             model.config.get_text_config(decoder=True).vocab_size,
         )
+        if reason is None and streamer is not None and input_ids.shape[0] > 1:
+            # Our rows don't advance in step.
+            reason = "a streamer of several rows"
         if reason is not None:
             return fallback(reason, hf_generate)
         params = _sampling_params(input_ids, generation_config)
-        new = native(input_ids, model_kwargs.get("attention_mask"), params, hf_generate)
-        return _output(input_ids, new, generation_config) if isinstance(new, list) else new
+        stream = _Stream(streamer, input_ids) if streamer is not None else None
+        mask = model_kwargs.get("attention_mask")
+        new = native(input_ids, mask, params, hf_generate, stream.put if stream else None)
+        if not isinstance(new, list):
+            return new
+        if streamer is not None:
+            streamer.end()
+        if generation_config.return_dict_in_generate and generation_config.use_cache:
+            note("the output holds no key-value cache: ours is paged and stays with the engine")
+        return _output(input_ids, new, generation_config)
 
-    return original(*inputs, **{**kwargs, "custom_generate": decode})
+    # With the streamer HF would stream the prompt now, and again where it decodes itself.
+    rest = {name: value for name, value in kwargs.items() if name != "streamer"}
+    return original(*inputs, **{**rest, "custom_generate": decode})
+
+
+class _Stream:
+    """Hands a streamer what HF's loop does: the prompt, then token by token."""
+
+    def __init__(self, streamer: Any, input_ids: torch.Tensor) -> None:
+        self._streamer = streamer
+        self._prompt: torch.Tensor | None = input_ids.cpu()
+
+    def put(self, token: int) -> None:
+        """Take one token of the only row."""
+        if self._prompt is not None:
+            # Not before: where HF's own decoding serves the model, it streams the prompt.
+            prompt, self._prompt = self._prompt, None
+            self._streamer.put(prompt)
+        self._streamer.put(torch.tensor([token]))
+
+
+def _named(
+    inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """All but the ids and the config by name; unless one is given twice, or too many."""
+    named = dict(zip(_PARAMETERS[_NUM_POSITIONAL:], inputs[_NUM_POSITIONAL:], strict=False))
+    if len(inputs) > len(_PARAMETERS) or named.keys() & kwargs.keys():
+        return inputs, dict(kwargs)
+    return inputs[:_NUM_POSITIONAL], {**kwargs, **named}
 
 
 def _asked_of_hf(arguments: dict[str, Any]) -> list[str]:
@@ -188,6 +254,10 @@ def _not_served(
     )
     if foreign:
         return ", ".join(foreign)
+    if config.cache_implementation == "quantized":
+        return "cache_implementation 'quantized', which changes the tokens"
+    if config.is_assistant:
+        return "is_assistant"
     mask = model_kwargs.get("attention_mask")
     if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         return "an attention_mask that is not left-padded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ class Sequence:
         params: Sampling settings.
         end_ids: Token ids that end the sequence with reason "stop".
         policy_version: Of the weights that sample now; each token keeps the one it came from.
+        on_token: Called with each token as it is taken; what it raises ends the call.
     """
 
     prompt_index: int
@@ -50,6 +52,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     text: str | None = None
     stops: StopStrings | None = None
+    on_token: Callable[[int], None] | None = None
 
     def __len__(self) -> int:
         """Tokens so far, prompt and output."""
@@ -102,6 +105,8 @@ class Sequence:
             self.finish_reason = "stop"
         elif len(self.output) >= self.params.max_new_tokens:
             self.finish_reason = "length"
+        if self.on_token is not None:
+            self.on_token(token)
 
     def notice_stop_strings(self, tokenizer: Any) -> None:
         """End if the text now holds a stop string; the text is cut before it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -59,6 +62,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "other pad": {"max_new_tokens": 12, "pad_token_id": 77},
     "one beam": {"max_new_tokens": 12, "num_beams": 1},
     "synced": {"max_new_tokens": 12, "synced_gpus": True},
+    "named as nothing": {"max_new_tokens": 12, "custom_generate": None, "streamer": None},
     "a config": {"generation_config": GenerationConfig(max_new_tokens=9, pad_token_id=3)},
     "filters that greedy ignores": {"max_new_tokens": 8, "num_return_sequences": 1},
     "min_new_tokens": {"max_new_tokens": 12, "min_new_tokens": 9},
@@ -405,14 +409,61 @@ def test_what_our_loop_does_not_serve_is_hugging_faces_result_announced(engine: 
     assert (ours.scores is None) == (theirs.scores is None)
 
 
-def test_a_streamer_gets_every_token(engine: Any):
+def stream(generate: Callable[..., Any], ids: torch.Tensor, **kwargs: Any) -> Any:
+    """The answer, and what the streamer was given."""
+    streamer = Collector()
+    return generate(ids, max_new_tokens=6, do_sample=False, streamer=streamer, **kwargs), (
+        streamer.values
+    )
+
+
+def test_a_streamer_of_one_row_gets_every_token_from_our_loop(engine: Any):
     ids = torch.tensor([PROMPTS[0]])
-    streams = Collector(), Collector()
-    ours = engine.generate(ids, max_new_tokens=6, do_sample=False, streamer=streams[0])
-    theirs = hf(engine, ids, max_new_tokens=6, do_sample=False, streamer=streams[1])
+    ours, streamed = stream(engine.generate, ids)
+    assert engine.stats.path == "fused" and engine.stats.notes == []
+    theirs, expected = stream(partial(hf, engine), ids)
     assert torch.equal(ours, theirs)
+    assert streamed == expected == [PROMPTS[0], *([t] for t in ours[0, 5:].tolist()), []]
+
+
+def test_a_streamer_hears_of_the_token_that_ends_its_row(engine: Any):
+    ids = torch.tensor([PROMPTS[0]])
+    end = greedy_ends(engine.module, least=0)
+    ours, streamed = stream(engine.generate, ids, eos_token_id=end)
+    theirs, expected = stream(partial(hf, engine), ids, eos_token_id=end)
+    assert torch.equal(ours, theirs) and ours.shape[1] < 11
+    assert streamed == expected and streamed[-2][0] in end
+
+
+def test_a_streamer_given_by_position_is_served_too(engine: Any):
+    ids, config = torch.tensor([PROMPTS[0]]), GenerationConfig(max_new_tokens=6, do_sample=False)
+    streams = Collector(), Collector()
+    ours = engine.generate(ids, config, None, None, None, True, None, streams[0])
+    assert engine.stats.path == "fused"
+    assert torch.equal(ours, hf(engine, ids, config, None, None, None, None, None, streams[1]))
     assert streams[0].values == streams[1].values
-    assert "streamer" in engine.stats.notes[0]
+    with pytest.raises(TypeError, match="streamer"):
+        engine.generate(ids, config, None, None, None, True, None, streams[0], streamer=streams[1])
+
+
+def test_a_model_on_hugging_faces_loop_streams_its_prompt_once(wrapped: Callable[..., Any]):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = LlamaConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        rope_parameters=rope,
+        pad_token_id=0,
+    )
+    engine = wrapped(LlamaForCausalLM(config).eval())
+    ids = torch.tensor([list(range(3, 25))])
+    ours, streamed = stream(engine.generate, ids)
+    assert engine.stats.path == "hf"
+    theirs, expected = stream(partial(hf, engine), ids)
+    assert torch.equal(ours, theirs) and streamed == expected and len(streamed) == 8
 
 
 @pytest.mark.parametrize(
