@@ -72,7 +72,20 @@ def own_generate(module: nn.Module) -> Callable[..., Any]:
     """The generate of a module's class; a PEFT wrapper without one has its base model's."""
     owner = module if hasattr(type(module), "generate") else causal_model(module)
     bound: Callable[..., Any] = type(owner).generate.__get__(owner)  # type: ignore[attr-defined]
-    return bound
+    if "base_model_prepare_inputs_for_generation" not in vars(owner):
+        return bound
+
+    def generate(*inputs: Any, **kwargs: Any) -> Any:
+        try:
+            return bound(*inputs, **kwargs)
+        except BaseException:
+            # PEFT up to 0.21.2 takes its patch back after an Exception, not after Ctrl-C.
+            peft: Any = owner
+            own = peft.base_model_prepare_inputs_for_generation
+            peft.base_model.prepare_inputs_for_generation = own
+            raise
+
+    return generate
 
 
 def find_parts(module: nn.Module) -> ModelParts | None:
