@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tritonhybrid
 from tritonhybrid.local_engine import join_ranks
+
+# The cases of docs/generate.md are imported by name.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session", autouse=True)
