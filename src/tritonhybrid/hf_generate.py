@@ -18,6 +18,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    StaticCache,
     StoppingCriteriaList,
 )
 from transformers.generation.logits_process import (
@@ -156,6 +157,10 @@ def serve_generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Any:
+        if isinstance(vars(model).get("_cache"), StaticCache):
+            # transformers 5.10 keeps a static cache there, and the next call trips over one that
+            # no forward has filled; it makes another where it needs one.
+            del model._cache
         reason = _not_served(
             input_ids,
             logits_processor,
