@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tritonhybrid import testing, trl
     from tritonhybrid.config import HybridConfig
     from tritonhybrid.containers.description import register_policy
-    from tritonhybrid.engine import HybridEngine, unwrap, wrap
+    from tritonhybrid.engine import HybridEngine
     from tritonhybrid.errors import (
         CacheExhaustedError,
         ConfigError,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tritonhybrid.rollout_stream import RolloutStream
     from tritonhybrid.sampling_params import SamplingParams
     from tritonhybrid.stats import RolloutStats
+    from tritonhybrid.wrapping import unwrap, wrap
 
 _HOMES = {
     "CacheExhaustedError": "errors",
@@ -49,8 +50,8 @@ _HOMES = {
     "TritonRollout": "integrations.deepspeed_rollout",
     "UnsupportedModelError": "errors",
     "register_policy": "containers.description",
-    "unwrap": "engine",
-    "wrap": "engine",
+    "unwrap": "wrapping",
+    "wrap": "wrapping",
 }
 _MODULES = ("testing", "trl")
 

@@ -1,9 +1,9 @@
-"""wrap and unwrap: a DeepSpeed engine that also generates, upgraded in place."""
+"""The class of a wrapped engine: hands each call on, and holds no algorithm."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Sized
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -14,21 +14,18 @@ import torch.distributed as dist
 from torch import nn
 
 from tritonhybrid.call import Call
-from tritonhybrid.config import HybridConfig, resolve
+from tritonhybrid.config import HybridConfig
 from tritonhybrid.containers.parts import causal_model, own_generate
 from tritonhybrid.engine_compat import SeedSurface
-from tritonhybrid.engine_state import EngineState, world_size
+from tritonhybrid.engine_state import EngineState
 from tritonhybrid.errors import EngineStateError, explain
-from tritonhybrid.generation import Generation
 from tritonhybrid.hf_generate import serve_generate
 from tritonhybrid.requests import Limits, Prompts, build_sequences, completions
 from tritonhybrid.rollout_output import Completion, PausedRollout, RolloutOutput
 from tritonhybrid.rollout_stream import CallerModes, RolloutStream, stream_steps
 from tritonhybrid.sampling_params import SamplingParams
 from tritonhybrid.sequence import Sequence
-from tritonhybrid.served_generate import give_back, take_over
 from tritonhybrid.stats import LatencyReport, RolloutStats
-from tritonhybrid.weights.source import WeightSource
 
 if TYPE_CHECKING:
     # The class that wrap puts in front of the engine's own; deepspeed is untyped.
@@ -39,7 +36,8 @@ else:
 
 logger = logging.getLogger("tritonhybrid")
 
-_STATE = "_tritonhybrid"
+# All that a wrapped engine has more than a plain one is in this one attribute.
+STATE = "_tritonhybrid"
 
 
 class HybridEngine(_Base):
@@ -87,7 +85,7 @@ class HybridEngine(_Base):
             NonFiniteLogitsError: The model gave NaN or infinite logits.
             RankFailureError: Another rank failed.
         """
-        state = _state(self)
+        state = state_of(self)
         with state.call(token_budget, max_num_seqs) as call:
             sequences = self._sequences(call, prompts, sampling, uids, attention_mask)
             state.generation.run(sequences, call)
@@ -114,7 +112,7 @@ class HybridEngine(_Base):
         Raises:
             EngineStateError: The rollout was resumed before, or is another engine's.
         """
-        state = _state(self)
+        state = state_of(self)
         with state.call(token_budget) as call:
             sequences = paused.take_up(state.generation) if paused is not None else []
             call.resumed = paused
@@ -154,7 +152,7 @@ class HybridEngine(_Base):
             ConfigError: An argument is refused; nothing has run.
             RankFailureError: Another rank failed.
         """
-        state = _state(self)
+        state = state_of(self)
         modes = CallerModes(state.generation.device)
         begun: list[tuple[Call, Sized[Sequence]]] = []
 
@@ -188,7 +186,7 @@ class HybridEngine(_Base):
         return build_sequences(
             prompts,
             sampling if sampling is not None else SamplingParams(),
-            _limits(self, _state(self)),
+            _limits(self, state_of(self)),
             seed=call.seed,
             uids=uids,
             attention_mask=attention_mask,
@@ -216,7 +214,7 @@ class HybridEngine(_Base):
             ConfigError: The lengths exceed the model's or the cache's limit.
             RankFailureError: Another rank failed.
         """
-        state = _state(self)
+        state = state_of(self)
         generation = state.generation
         module: nn.Module = self.module
         own = state.had_generate
@@ -263,17 +261,17 @@ class HybridEngine(_Base):
     @property
     def stats(self) -> RolloutStats:
         """Figures of the latest rollout or generate call."""
-        return _state(self).stats
+        return state_of(self).stats
 
     @property
     def latency_report(self) -> LatencyReport | None:
         """DeepSpeed's report of the last eval-to-eval cycle; None before the second eval."""
-        return _state(self).stats.latency
+        return state_of(self).stats.latency
 
     @property
     def hybrid_config(self) -> HybridConfig:
         """The settings in force."""
-        return _state(self).config
+        return state_of(self).config
 
     def eval(self) -> Any:
         """Switch to evaluation; logs DeepSpeed's latency report of the last cycle.
@@ -281,7 +279,7 @@ class HybridEngine(_Base):
         Returns:
             What the base engine's ``eval`` returns.
         """
-        state = _state(self)
+        state = state_of(self)
         report = state.clock.on_eval() or state.stats.latency
         state.stats.latency = report
         if report is not None and _rank() == 0:
@@ -294,7 +292,7 @@ class HybridEngine(_Base):
         Returns:
             What the base engine's ``train`` returns.
         """
-        state = _state(self)
+        state = state_of(self)
         state.require_idle("train")
         if mode:
             state.clock.on_train()
@@ -308,7 +306,7 @@ class HybridEngine(_Base):
         Returns:
             What the base engine's ``step`` returns.
         """
-        state = _state(self)
+        state = state_of(self)
         state.require_idle("step")
         result = super().step(lr_kwargs=lr_kwargs)
         state.use_new_weights(self.global_steps)
@@ -321,89 +319,25 @@ class HybridEngine(_Base):
         Raises:
             EngineStateError: A rollout is under way: its module is in our hands.
         """
-        _state(self).require_idle("forward")
+        state_of(self).require_idle("forward")
         return super().forward(*inputs, **kwargs)
 
     def load_checkpoint(self, *inputs: Any, **kwargs: Any) -> Any:
         """Load as the base engine does; the next rollout uses what was loaded."""
-        state = _state(self)
+        state = state_of(self)
         state.require_idle("load_checkpoint")
         result = super().load_checkpoint(*inputs, **kwargs)
         state.use_new_weights(self.global_steps)
         return result
 
 
-def wrap(
-    engine: Any,
-    *,
-    config: HybridConfig | Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
-) -> HybridEngine:
-    """Give a DeepSpeed engine serving-class generation, in place.
-
-    On several ranks every rank must call this together, whatever the ZeRO stage (the
-    seed of rank 0 is shared, and with ZeRO-3 a process group for error reports made).
-
-    Args:
-        engine: What ``deepspeed.initialize`` returned, ZeRO stage 0 to 3.
-        config: Settings over the ``hybrid_engine`` block of the engine's JSON.
-        tokenizer: For stop strings and decoded text.
-
-    Returns:
-        The same object.
+def state_of(engine: Any) -> EngineState:
+    """What a wrapped engine has more than a plain one.
 
     Raises:
-        EngineStateError: Not a DeepSpeed engine, or wrapped already, or
-            DeepSpeed's own hybrid engine.
-        ConfigError: A setting is refused.
-        UnsupportedModelError: The model can't generate.
+        EngineStateError: It is not wrapped.
     """
-    _check_engine(engine)
-    raw = getattr(engine._config, "_param_dict", None) or {}
-    resolved = resolve(config, raw.get("hybrid_engine") or {})
-    module: nn.Module = engine.module
-    causal_model(module)
-    source = WeightSource(
-        engine,
-        layers_per_bucket=resolved.tp_gather_partition_size,
-        timeout_s=resolved.sync_timeout_s,
-    )
-    generation = Generation(module, source, resolved, tokenizer)
-    # A backend that isn't there is refused here, before anything has changed.
-    generation.ops()
-    original_class = type(engine)
-    engine.__dict__[_STATE] = EngineState(
-        original_class=original_class,
-        config=resolved,
-        generation=generation,
-        seeds=_first_seed(),
-        policy_version=int(getattr(engine, "global_steps", 0)),
-        had_generate=take_over(engine),
-    )
-    engine.__class__ = type(f"Hybrid{original_class.__name__}", (HybridEngine, original_class), {})
-    wrapped: HybridEngine = engine
-    return wrapped
-
-
-def unwrap(engine: Any) -> Any:
-    """Undo :func:`wrap` exactly: class, state and the module's generate.
-
-    Returns:
-        The same object, a plain DeepSpeed engine again.
-
-    Raises:
-        EngineStateError: The engine is not wrapped.
-    """
-    state = _state(engine)
-    state.require_idle("unwrap")
-    give_back(engine, state.had_generate)
-    engine.__class__ = state.original_class
-    del engine.__dict__[_STATE]
-    return engine
-
-
-def _state(engine: Any) -> EngineState:
-    state: EngineState | None = engine.__dict__.get(_STATE)
+    state: EngineState | None = engine.__dict__.get(STATE)
     if state is None:
         raise EngineStateError(
             explain(
@@ -414,36 +348,6 @@ def _state(engine: Any) -> EngineState:
             )
         )
     return state
-
-
-def _check_engine(engine: Any) -> None:
-    if not isinstance(engine, deepspeed.DeepSpeedEngine):
-        raise EngineStateError(
-            explain(
-                "wrap takes a DeepSpeed engine",
-                expected="what deepspeed.initialize returned first",
-                got=type(engine).__name__,
-                hint="Call deepspeed.initialize(model=...) and wrap its engine.",
-            )
-        )
-    if _STATE in engine.__dict__:
-        raise EngineStateError(
-            explain(
-                "An engine is wrapped once",
-                expected="an engine that is not wrapped yet",
-                got="a wrapped one",
-                hint="Use it as it is, or unwrap it first.",
-            )
-        )
-    if any(cls.__name__ == "DeepSpeedHybridEngine" for cls in type(engine).__mro__):
-        raise EngineStateError(
-            explain(
-                "wrap is the switch, not hybrid_engine.enabled",
-                expected="a plain DeepSpeed engine",
-                got="DeepSpeed's own hybrid engine",
-                hint='Remove "enabled": true from the hybrid_engine block.',
-            )
-        )
 
 
 def _output(state: EngineState, call: Call, sequences: Sized[Sequence]) -> RolloutOutput:
@@ -480,16 +384,6 @@ def _limits(engine: Any, state: EngineState) -> Limits:
         rank=_rank(),
         has_tokenizer=state.generation.tokenizer is not None,
     )
-
-
-def _first_seed() -> int:
-    """Start of the private seed counter: rank 0's initial seed, on every rank."""
-    seed = torch.initial_seed() & (2**62 - 1)
-    if world_size() > 1:
-        shared = [seed]
-        dist.broadcast_object_list(shared, src=0)
-        seed = shared[0]
-    return seed
 
 
 def _rank() -> int:

@@ -10,10 +10,11 @@ import deepspeed
 
 from tritonhybrid.config import HybridConfig
 from tritonhybrid.containers.parts import causal_model
-from tritonhybrid.engine import HybridEngine, wrap
+from tritonhybrid.engine import HybridEngine
 from tritonhybrid.errors import ConfigError, EngineStateError, explain
 from tritonhybrid.integrations.generation_config import sampling_params
 from tritonhybrid.sampling_params import SamplingParams
+from tritonhybrid.wrapping import wrap
 
 logger = logging.getLogger("tritonhybrid")
 
