@@ -240,9 +240,34 @@ class Case:
         flops = 2 * tokens * vocab * width
         yield self._case("lm_head_sample", "head", tokens, make, elements, flops)
 
+    def decode_advance(self, tokens: int) -> Iterator[OpCase]:
+        def make() -> Inputs:
+            # Room for more steps than are timed: a row at its last position does less.
+            table = torch.randint(0, 4096, (tokens, 256), dtype=torch.int32, device=self.device)
+            rows = torch.arange(tokens, device=self.device)
+            columns = {
+                "input_ids": rows.clone(),
+                "positions": torch.full_like(rows, CONTEXT),
+                "next_positions": torch.full_like(rows, CONTEXT + 1),
+                "slot_mapping": table[:, CONTEXT // PAGE].long() * PAGE,
+                "steps": torch.zeros_like(rows),
+                "context_lens": torch.full_like(rows, CONTEXT + 1, dtype=torch.int32),
+                "ring_tokens": torch.zeros(8, tokens, dtype=torch.int64, device=self.device),
+                "ring_logprobs": torch.zeros(8, tokens, device=self.device),
+                "ring_raw_logprobs": torch.zeros(8, tokens, device=self.device),
+            }
+            given = {"block_table": table, "block_size": PAGE}
+            given["last_positions"] = torch.full_like(rows, 256 * PAGE - 1)
+            sampled = (rows + 1, *torch.randn(2, tokens, device=self.device).unbind())
+            return Inputs(sampled, {**columns, **given}, tuple(columns.values()))
+
+        # Integers of 8 and 4 bytes whatever the model's dtype: 132 bytes a row, 10 additions.
+        elements = math.ceil(132 * tokens / self.size)
+        yield self._case("decode_advance", "advance", tokens, make, elements, 10 * tokens)
+
 
 # Ops of the decode step and of the prompt step; the others serve both.
-DECODE_ONLY = ("paged_attention_decode", "sample_logits", "lm_head_sample")
+DECODE_ONLY = ("paged_attention_decode", "sample_logits", "lm_head_sample", "decode_advance")
 PREFILL_ONLY = ("attention_varlen",)
 
 

@@ -111,6 +111,15 @@ _SCHEMAS: Final[dict[str, tuple[str, str, Callable[..., Any]]]] = {
         "(Tensor, Tensor, Tensor)",
         _token_and_logprobs,
     ),
+    "decode_advance": (
+        "Tensor tokens, Tensor logprobs, Tensor raw_logprobs, *, Tensor(a!) input_ids, "
+        "Tensor(b!) positions, Tensor(c!) next_positions, Tensor(d!) slot_mapping, "
+        "Tensor(e!) context_lens, Tensor(f!) steps, Tensor last_positions, Tensor block_table, "
+        "SymInt block_size, Tensor(g!) ring_tokens, Tensor(h!) ring_logprobs, "
+        "Tensor(i!) ring_raw_logprobs, Tensor(j!)? rope_rows=None, SymInt rope_original=0",
+        "()",
+        _nothing,
+    ),
 }
 
 

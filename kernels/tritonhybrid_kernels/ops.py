@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from tritonhybrid_kernels.add_rms_norm import add_rms_norm, add_rms_norm_ref
 from tritonhybrid_kernels.attention_varlen import attention_varlen, attention_varlen_ref
+from tritonhybrid_kernels.decode_advance import decode_advance, decode_advance_ref
 from tritonhybrid_kernels.gate_up_silu import gate_up_silu, gate_up_silu_ref
 from tritonhybrid_kernels.launch import require
 from tritonhybrid_kernels.linear import linear, linear_ref
@@ -41,6 +42,7 @@ class Ops:
     paged_attention_decode: Callable[..., Any]
     sample_logits: Callable[..., Any]
     lm_head_sample: Callable[..., Any]
+    decode_advance: Callable[..., Any]
 
 
 # By name: the Triton launcher and the torch path.
@@ -54,6 +56,7 @@ _IMPLEMENTATIONS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]
     "paged_attention_decode": (paged_attention_decode, paged_attention_decode_ref),
     "sample_logits": (sample_logits, sample_logits_ref),
     "lm_head_sample": (lm_head_sample, lm_head_sample_ref),
+    "decode_advance": (decode_advance, decode_advance_ref),
 }
 
 OP_NAMES: Final = tuple(_IMPLEMENTATIONS)

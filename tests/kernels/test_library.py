@@ -17,6 +17,10 @@ from tritonhybrid_kernels.ops import OP_NAMES, select_ops
 MUTATED = {
     "add_rms_norm": {"residual"},
     "rope_kv_write": {"q", "k", "k_cache", "v_cache"},
+    "decode_advance": {
+        *("input_ids", "positions", "next_positions", "slot_mapping", "context_lens", "steps"),
+        *("ring_tokens", "ring_logprobs", "ring_raw_logprobs", "rope_rows"),
+    },
 }
 
 # What an operator has no argument for: memory to write to, and tuning.
@@ -77,6 +81,23 @@ def arguments(name, device, dtype):
             {**draws(device), "greedy": greedy},
         ),
         "lm_head_sample": ((normal(2, 24), normal(40, 24)), sampled),
+        "decode_advance": (
+            (index + 20, *torch.randn(2, 2, device=device).unbind()),
+            {
+                "input_ids": index.clone(),
+                "positions": lengths.long() - 1,
+                "next_positions": lengths.long(),
+                "slot_mapping": torch.tensor([0, 14], device=device),
+                "context_lens": lengths,
+                "steps": torch.zeros(2, dtype=torch.int64, device=device),
+                "last_positions": lengths.long() + 1,
+                "block_table": tables,
+                "block_size": 4,
+                "ring_tokens": torch.zeros(3, 2, dtype=torch.int64, device=device),
+                "ring_logprobs": torch.zeros(3, 2, device=device),
+                "ring_raw_logprobs": torch.zeros(3, 2, device=device),
+            },
+        ),
     }[name]
 
 
