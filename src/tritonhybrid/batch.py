@@ -10,6 +10,8 @@ import torch
 from tritonhybrid.long_rope import LongRope
 from tritonhybrid.scheduler import PrefillGroup
 from tritonhybrid.sequence import Sequence
+from tritonhybrid.token_ring import TokenRing
+from tritonhybrid_kernels.ops import Ops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ class DecodeBuffers:
         block_size: Tokens a page holds.
         device: Where the model computes.
         long_rope: The rule of a model with two rope tables.
+        max_steps: Most steps that follow one another on the device.
     """
 
     def __init__(
@@ -132,33 +135,74 @@ class DecodeBuffers:
         block_size: int,
         device: torch.device,
         long_rope: LongRope | None = None,
+        max_steps: int = 1,
     ) -> None:
         self.block_size = block_size
         self._long_rope = long_rope
         # All 64-bit inputs are rows of one tensor: one upload a step.
-        num_inputs = 4 if long_rope is None else 5
+        num_inputs = 6 if long_rope is None else 7
         self._token_inputs = torch.zeros(num_inputs, max_num_seqs, dtype=torch.int64, device=device)
         self._context_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._block_table = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self._tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self._ring = TokenRing(max_steps, max_num_seqs, device)
 
-    def fill(self, sequences: Sized[Sequence]) -> Batch:
-        """Write one step's inputs; the views stay valid until the next call."""
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Of all that decode steps read and write here, and the block table's row length."""
+        tensors = (self._token_inputs, self._context_lens, self._block_table)
+        return (*(t.data_ptr() for t in tensors), *self._block_table.shape, *self._ring.addresses)
+
+    @property
+    def max_steps(self) -> int:
+        """Most steps that follow one another on the device."""
+        return self._ring.max_steps
+
+    def fits(
+        self,
+        num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        long_rope: LongRope | None,
+        max_steps: int,
+    ) -> bool:
+        """Whether it serves so many rows and pages a row, of pages and steps just like that."""
+        rows, blocks = self._block_table.shape
+        return (
+            rows >= num_seqs
+            and blocks >= max_blocks
+            and (self.block_size, self._long_rope) == (block_size, long_rope)
+            and self.max_steps == max_steps
+        )
+
+    def fill(
+        self, sequences: Sized[Sequence], num_rows: int | None = None, num_steps: int = 1
+    ) -> Batch:
+        """Write the inputs of a step; the views stay valid until the next call.
+
+        Args:
+            sequences: One a row; their tables hold pages for ``num_steps`` tokens, or for as
+                many as each may still sample.
+            num_rows: Rows of the step; those past the sequences are padding: no slot, no keys.
+            num_steps: Steps that will follow one another.
+        """
         size = self.block_size
-        count = len(sequences)
+        padding = (num_rows or len(sequences)) - len(sequences)
+        count = len(sequences) + padding
         positions = [len(sequence) - 1 for sequence in sequences]
+        pairs = list(zip(sequences, positions, strict=True))
         inputs = [
             [sequence.last_token for sequence in sequences],
             positions,
-            [
-                sequence.block_table[position // size] * size + position % size
-                for sequence, position in zip(sequences, positions, strict=True)
-            ],
+            [s.block_table[p // size] * size + p % size for s, p in pairs],
             [position + 1 for position in positions],
+            [0] * len(sequences),
+            [p - 1 + min(num_steps, s.num_left) for s, p in pairs],
         ]
         if self._long_rope is not None:
-            pairs = zip(sequences, positions, strict=True)
             inputs.append([self._long_rope.row(sequence, position) for sequence, position in pairs])
+        if padding:
+            inputs = [row + padding * [-1 if i == 2 else 0] for i, row in enumerate(inputs)]
         self._token_inputs[:, :count] = torch.tensor(inputs)
         self._context_lens[:count] = torch.tensor(inputs[3], dtype=torch.int32)
         for row, sequence in enumerate(sequences):
@@ -166,16 +210,63 @@ class DecodeBuffers:
             if self._tables[row] != table:
                 self._tables[row] = list(table)
                 self._block_table[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        return self.batch(count)
+
+    def batch(self, num_rows: int) -> Batch:
+        """The inputs of the first rows, as they stand; nothing is written."""
         return Batch(
-            input_ids=self._token_inputs[0, :count],
-            positions=self._token_inputs[1, :count],
-            rope_rows=self._token_inputs[1 if self._long_rope is None else 4, :count],
-            slot_mapping=self._token_inputs[2, :count],
-            block_table=self._block_table[:count],
-            context_lens=self._context_lens[:count],
-            num_decodes=count,
+            input_ids=self._token_inputs[0, :num_rows],
+            positions=self._token_inputs[1, :num_rows],
+            rope_rows=self._token_inputs[1 if self._long_rope is None else 6, :num_rows],
+            slot_mapping=self._token_inputs[2, :num_rows],
+            block_table=self._block_table[:num_rows],
+            context_lens=self._context_lens[:num_rows],
+            num_decodes=num_rows,
             cu_seqlens_q=None,
             max_seqlen_q=1,
             last_rows=None,
-            next_positions=self._token_inputs[3, :count],
+            next_positions=self._token_inputs[3, :num_rows],
         )
+
+    def advance(
+        self,
+        ops: Ops,
+        batch: Batch,
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        raw_logprobs: torch.Tensor,
+    ) -> None:
+        """Make a step's inputs its successor's, on the device, and keep what was sampled.
+
+        Args:
+            ops: The operations to call.
+            batch: From :meth:`batch`.
+            tokens: [R] int64, sampled by the step.
+            logprobs: [R] float32.
+            raw_logprobs: [R] float32.
+        """
+        num_rows = tokens.shape[0]
+        rope = self._long_rope
+        ops.decode_advance(
+            tokens,
+            logprobs,
+            raw_logprobs,
+            input_ids=batch.input_ids,
+            positions=batch.positions,
+            next_positions=batch.next_positions,
+            slot_mapping=batch.slot_mapping,
+            context_lens=batch.context_lens,
+            steps=self._token_inputs[4, :num_rows],
+            last_positions=self._token_inputs[5, :num_rows],
+            block_table=batch.block_table,
+            block_size=self.block_size,
+            ring_tokens=self._ring.tokens[:, :num_rows],
+            ring_logprobs=self._ring.logprobs[:, :num_rows],
+            ring_raw_logprobs=self._ring.raw_logprobs[:, :num_rows],
+            rope_rows=None if rope is None else batch.rope_rows,
+            rope_original=0 if rope is None else rope.original,
+        )
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the steps since the last fill sampled, on the host: three of [max_steps, rows]."""
+        return self._ring.read()

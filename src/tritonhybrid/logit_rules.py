@@ -181,8 +181,8 @@ class LogitRules:
         most = [int(k) for _, k in top_k]
         for chosen, keep in (
             (top_k, lambda z, ks: _keep_top_k(z, ks, most)),
-            (top_p, _keep_top_p),
-            (min_p, _keep_min_p),
+            (top_p, keep_top_p),
+            (min_p, keep_min_p),
         ):
             if chosen:
                 rows, values = zip(*chosen, strict=True)
@@ -277,20 +277,31 @@ def _keep_top_k(z: torch.Tensor, ks: torch.Tensor, counts: list[int]) -> None:
     most = max((k for k in counts if k < size), default=0)
     if not most:
         return
-    best = z.topk(most, dim=1).values
-    kth = best.gather(1, ks.clamp(max=most).long() - 1)
-    z.masked_fill_((z < kth) & (ks < size), _MASKED)
+    keep_top_k(z, ks, most)
 
 
-def _keep_top_p(z: torch.Tensor, rest: torch.Tensor) -> None:
-    """Mask the least likely tokens whose mass together is at most ``rest``, 1 - p."""
+def keep_top_k(z: torch.Tensor, ks: torch.Tensor, num_candidates: int) -> None:
+    """Mask in place what is below the k-th best of its row; ties stay.
+
+    Args:
+        z: [R, V] logits.
+        ks: [R, 1] each row's k, at least 1; V or more keeps all.
+        num_candidates: At least the largest k below V.
+    """
+    best = z.topk(num_candidates, dim=1).values
+    kth = best.gather(1, ks.clamp(max=num_candidates).long() - 1)
+    z.masked_fill_((z < kth) & (ks < z.shape[1]), _MASKED)
+
+
+def keep_top_p(z: torch.Tensor, rest: torch.Tensor) -> None:
+    """Mask the least likely tokens whose mass together is at most ``rest`` [R, 1], 1 - p."""
     ascending, order = z.sort(dim=1)
     out = ascending.softmax(1).cumsum(1) <= rest
-    out[:, -1] = False
+    out[:, -1].fill_(False)
     z.masked_fill_(torch.zeros_like(out).scatter(1, order, out), _MASKED)
 
 
-def _keep_min_p(z: torch.Tensor, shares: torch.Tensor) -> None:
+def keep_min_p(z: torch.Tensor, shares: torch.Tensor) -> None:
     """Mask what has less than its share of the likeliest token's probability."""
     probabilities = z.softmax(1)
     z.masked_fill_(probabilities < shares * probabilities.amax(1, keepdim=True), _MASKED)

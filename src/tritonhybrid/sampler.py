@@ -191,10 +191,7 @@ class Sampler:
         )
         for row, sequence in enumerate(sequences):
             values = (sampled.logprobs[row], sampled.raw_logprobs[row])
-            if not all(math.isfinite(value) for value in values):
-                raise NonFiniteLogitsError(
-                    sequence.prompt_index, len(sequence), f"log-probabilities {values}"
-                )
+            check_finite(sequence, len(sequence), values)
         return sampled
 
     def _reserve(self, capacity: int) -> None:
@@ -318,6 +315,21 @@ class Sampler:
             if params.entropy:
                 entropies[row] = entropy
         return top, entropies
+
+
+def check_finite(sequence: Sequence, position: int, logprobs: tuple[float, float]) -> None:
+    """Refuse a token whose log-probabilities say that its logits were none.
+
+    Args:
+        sequence: Whose token it is.
+        position: Of the token.
+        logprobs: Both.
+
+    Raises:
+        NonFiniteLogitsError: One is not finite.
+    """
+    if not all(math.isfinite(value) for value in logprobs):
+        raise NonFiniteLogitsError(sequence.prompt_index, position, f"log-probabilities {logprobs}")
 
 
 def process_logits(logits: torch.Tensor, sequences: Sized[Sequence]) -> torch.Tensor:

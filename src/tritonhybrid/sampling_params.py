@@ -164,8 +164,8 @@ class SamplingParams:
         )
 
     @property
-    def has_constraints(self) -> bool:
-        """Whether single tokens are biased, forbidden or forced."""
+    def has_token_rules(self) -> bool:
+        """Whether single tokens are biased, forbidden or forced, ends before their time aside."""
         return (
             bool(self.logit_bias)
             or len(self.bad_words_ids) > 0
@@ -173,8 +173,12 @@ class SamplingParams:
             or len(self.begin_suppress_tokens) > 0
             or self.forced_bos_token_id is not None
             or len(listed(self.forced_eos_token_id)) > 0
-            or self.min_new_tokens > 0
         )
+
+    @property
+    def has_constraints(self) -> bool:
+        """Whether single tokens are biased, forbidden or forced."""
+        return self.has_token_rules or self.min_new_tokens > 0
 
     @property
     def has_filters(self) -> bool:

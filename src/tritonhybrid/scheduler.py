@@ -363,16 +363,16 @@ class Scheduler:
 
     def _num_steps(self) -> int:
         """Tokens a row for which pages are at hand, so that nobody is set back for them."""
-        if self.options.recompute_at is not None:
+        if self.options.num_steps == 1 or self.options.recompute_at is not None:
             return 1
-        num_steps = min(
-            self.options.num_steps, max((_num_left(s) for s in self.running), default=1)
-        )
+        if any(sequence.host_rule is not None for sequence in self.running):
+            return 1
+        num_steps = min(self.options.num_steps, max((s.num_left for s in self.running), default=1))
         size = self.blocks.block_size
         while num_steps > 1:
             # The copy of a shared page, and the pages that so many more tokens begin.
             pages = sum(
-                1 + (len(s) - 1 + min(num_steps, _num_left(s)) - 1) // size - (len(s) - 1) // size
+                1 + (len(s) - 1 + min(num_steps, s.num_left) - 1) // size - (len(s) - 1) // size
                 for s in self.running
             )
             if self.blocks.can_allocate(pages):
@@ -382,7 +382,7 @@ class Scheduler:
 
     def _last_position(self, sequence: Sequence, step: Step) -> int:
         """Last position whose key and value a step writes for a sequence."""
-        return len(sequence) - 1 + min(step.num_steps, _num_left(sequence)) - 1
+        return len(sequence) - 1 + min(step.num_steps, sequence.num_left) - 1
 
     def _room(self, sequence: Sequence) -> int:
         """Pages the sequence fills when it samples all it may (the last token is not kept)."""
@@ -399,11 +399,6 @@ class Scheduler:
             self._let_go(sequence)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
-
-
-def _num_left(sequence: Sequence) -> int:
-    """Tokens that a sequence may still sample."""
-    return sequence.max_length - len(sequence)
 
 
 def _continues(leader: Sequence, sequence: Sequence) -> bool:

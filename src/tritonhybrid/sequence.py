@@ -79,6 +79,25 @@ class Sequence:
         return len(self.prompt) + self.params.max_new_tokens
 
     @property
+    def num_left(self) -> int:
+        """Tokens that it may still sample."""
+        return self.max_length - len(self)
+
+    @property
+    def host_rule(self) -> str | None:
+        """What has the host prepare each of its tokens; None where the device goes on alone."""
+        params = self.params
+        if params.has_penalties:
+            return "penalties"
+        if params.has_token_rules:
+            return "rules for single tokens"
+        if len(self.output) < params.min_new_tokens:
+            return "min_new_tokens"
+        if params.top_logprobs or params.entropy:
+            return "top_logprobs or entropy"
+        return None
+
+    @property
     def is_finished(self) -> bool:
         """Whether nothing more will be sampled."""
         return self.finish_reason is not None
