@@ -50,7 +50,9 @@ def rollout_of(engine: Any, workload: Workload, *, rank: int = 0) -> Provider:
         return {
             "attention": "paged, ours",
             "compile": "none",
-            "graph": "none",
+            "graph": f"own CUDA graphs, {stats.graph_hits} replays"
+            if stats.graph_hits
+            else f"none: {stats.graph_reason}",
             "path": stats.path,
             "layer_paths": str(stats.layer_paths),
             "backend": stats.backend,

@@ -26,10 +26,12 @@ class HybridConfig:
             back at the end of each call and on ``train()``.
         pin_parameters: ZeRO-3: gather once per rollout into an arena.
         tp_gather_partition_size: ZeRO-3: decoder layers gathered at a time.
-        enable_cuda_graph: Replay decode steps as CUDA graphs; "auto" uses them
-            where they exist, which is nowhere yet.
+        enable_cuda_graph: Replay decode steps as CUDA graphs; true needs a CUDA device,
+            "auto" is off until a GPU has run them.
         max_out_tokens: Most tokens of prompt plus response; None leaves it to the
             model's own limit and the cache.
+        decode_steps_per_replay: Tokens to sample for a sequence between two looks at the
+            host; those past an end are cut. "auto" is 4 with CUDA graphs, else 1.
         kv_cache_bytes: Size of the key-value cache in bytes; "auto" takes what the
             call can use, at most ``kv_cache_share`` of the memory that is free.
         kv_cache_share: Part of the free memory that the cache may take, in (0, 1].
@@ -62,6 +64,7 @@ class HybridConfig:
     tp_gather_partition_size: int = 8
     enable_cuda_graph: bool | Literal["auto"] = "auto"
     max_out_tokens: int | None = None
+    decode_steps_per_replay: int | Literal["auto"] = "auto"
     kv_cache_bytes: int | Literal["auto"] = "auto"
     kv_cache_share: float = 0.5
     block_size: int | Literal["auto"] = "auto"
@@ -87,6 +90,8 @@ class HybridConfig:
             _positive(name, getattr(self, name))
         if self.max_out_tokens is not None:
             _positive("max_out_tokens", self.max_out_tokens)
+        if self.decode_steps_per_replay != "auto":
+            _positive("decode_steps_per_replay", self.decode_steps_per_replay)
         if self.kv_cache_bytes != "auto":
             _positive("kv_cache_bytes", self.kv_cache_bytes)
         if self.block_size != "auto":
@@ -128,8 +133,6 @@ class HybridConfig:
     def _refuse_missing_features(self) -> None:
         if self.inference_tp_size != 1:
             raise _missing("inference_tp_size > 1", "Set inference_tp_size to 1.")
-        if self.enable_cuda_graph is True:
-            raise _missing("enable_cuda_graph", 'Set it to "auto" or false.')
         if self.consistent is True:
             raise _missing("consistent", 'Set it to "auto" or false.')
         if not self.pin_parameters:

@@ -218,6 +218,11 @@ class FixedTensors:
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}
 
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Of each place."""
+        return tuple((name, memory.data_ptr()) for name, memory in self._memory.items())
+
     def keep(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Copy ``rows`` [R, ...] to their place and return it; it grows by doubling.
 
@@ -226,8 +231,11 @@ class FixedTensors:
             rows: Contiguous.
         """
         memory = self._memory.get(name)
-        is_other = memory is None or memory.shape[1:] != rows.shape[1:]
-        if is_other or memory.dtype != rows.dtype or memory.shape[0] < rows.shape[0]:
+        if (
+            memory is None
+            or (memory.dtype, memory.shape[1:]) != (rows.dtype, rows.shape[1:])
+            or memory.shape[0] < rows.shape[0]
+        ):
             capacity = 1 << max(rows.shape[0] - 1, 0).bit_length()
             memory = rows.new_zeros(capacity, *rows.shape[1:])
             self._memory[name] = memory

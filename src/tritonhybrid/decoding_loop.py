@@ -87,7 +87,7 @@ class DecodingLoop:
             stats.decode_tokens += len(step.decode)
         else:
             stats.decode_s += seconds
-            stats.num_decode_steps += 1
+            stats.num_decode_steps += step.num_steps
             stats.decode_tokens += num_kept
 
     def _aborted(self) -> list[Sequence]:

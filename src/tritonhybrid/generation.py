@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Hashable, Iterator
 from collections.abc import Sequence as Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from tritonhybrid.errors import ConfigError, KernelArgumentError, explain
 from tritonhybrid.hf_loop import refusing_lost_prefix, run_hf_loop
 from tritonhybrid.kv_cache import PagedKVCache
 from tritonhybrid.long_rope import LongRope
+from tritonhybrid.replay_state import ReplayState
 from tritonhybrid.rollout_output import PausedRollout
 from tritonhybrid.runner import Runner
 from tritonhybrid.scheduler import Scheduler, SchedulerOptions
@@ -73,6 +74,7 @@ class Generation:
         self.config = config
         self.tokenizer = tokenizer
         self._pool = CachePool(config)
+        self.replays = ReplayState(config, self.device)
         self._pause: _Pause | None = None
         # What the pages were computed with.
         self._weights: Hashable = None
@@ -213,6 +215,7 @@ class Generation:
         stats = call.stats
         with self._materialised(parts, call) as weights:
             stats.path, stats.backend, stats.sampler = "hf", "torch", "hf"
+            stats.graph_reason = "HF's own decoding serves this call"
             self._announce(stats, f"HF's own decoding serves this call: {reason}")
             self._announce_modes(weights, stats)
             return self._with_hf_generate(decode, call)
@@ -277,6 +280,7 @@ class Generation:
         if parts is None or verdict is None or not verdict.is_native:
             self._announce(stats, f"HF's own loop serves this model: {reason}")
             stats.path, stats.sampler = "hf", "inverse_cdf"
+            stats.graph_reason = "HF's own loop serves this model"
             stats.layer_paths = {f"hf: {reason}": len(parts.layers) if parts else 1}
             if hf_decoding is not None:
                 stats.sampler = "hf"
@@ -330,6 +334,9 @@ class Generation:
         try:
             scheduler, cache = self._scheduled(verdict, sequences, rope, call)
             stats.kv_bytes = cache.num_bytes
+            replays = self.replays
+            structure = verdict if verdict.is_lasting else None
+            replays.consider(stats.strategy, structure, self.ops())
             binding = Binding(
                 parts,
                 verdict.plans,
@@ -338,28 +345,34 @@ class Generation:
                 max_length=max_length,
                 long_rope=rope,
                 returns_tuple=verdict.returns_tuple,
+                fixed=replays.fixed,
             )
             stats.path = "fused" if binding.is_fused else "generic"
             with binding:
+                num_seqs = min(scheduler.options.max_num_seqs, len(sequences))
+                max_blocks = scheduler.blocks.blocks_for(max_length)
                 runner = Runner(
                     binding,
                     cache,
-                    max_num_seqs=min(scheduler.options.max_num_seqs, len(sequences)),
-                    max_blocks=scheduler.blocks.blocks_for(max_length),
+                    replays.memory(binding, cache, num_seqs, max_blocks),
+                    max_num_seqs=num_seqs,
                     device=self.device,
-                    long_rope=rope,
+                    graphs=replays.graphs,
                     around_decode=self.around_decode,
                 )
+                replays.begin(runner, binding, cache, num_seqs)
+                num_steps = replays.num_steps(binding)
+                scheduler.options = replace(scheduler.options, num_steps=num_steps)
                 stats.bind_s += time.perf_counter() - start
                 yield from DecodingLoop(scheduler, runner, call, self.finish_text).run()
+                replays.end(stats, runner.host_rules)
         except BaseException:
             # What a broken step left in the pages (NaN, perhaps) or half done in the tables
             # must not meet a later one.
             paused = self._pause.rollout.sequences if self._pause is not None else []
             for sequence in (*sequences, *paused):
                 sequence.block_table = []
-            self._pause = None
-            self._pool.release()
+            self._drop_memory()
             raise
         left = [sequence for sequence in sequences if not sequence.is_finished]
         if left:
@@ -420,8 +433,12 @@ class Generation:
         """Give every page up; what is paused will be computed anew."""
         if self._pause is not None:
             self._pause.scheduler.set_back()
+        self._drop_memory()
+
+    def _drop_memory(self) -> None:
         self._pause = None
         self._pool.release()
+        self.replays.release()
 
     def finish_text(self, sequence: Sequence) -> None:
         """End a sequence whose text holds a stop string; the text is cut before it."""

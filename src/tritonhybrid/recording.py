@@ -9,7 +9,7 @@ pointers as the step before.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +91,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
+        # One set: what is captured with it serves every call that is watched.
+        self._ops = self.ops()
         self._step: StepRecord | None = None
         self._own: set[int] = set()
         # Storages made within a step stay alive until its end, or an address might recur.
@@ -104,19 +106,24 @@ class Recorder:
         return Ops(backend="triton", torch_ops=frozenset(), **recorded)
 
     @contextmanager
-    def watch(self, engine: Any) -> Iterator[None]:
+    def watch(self, engine: Any, *, captures: bool = False) -> Iterator[None]:
         """Record the decode steps of a wrapped engine's calls.
 
         Args:
             engine: From ``tritonhybrid.wrap``.
+            captures: Let the steps be captured and replayed as on CUDA; a replay here does in
+                Python what was captured, so that each is recorded.
         """
         generation = engine.__dict__["_tritonhybrid"].generation
-        generation.ops_override = self.ops()
+        generation.ops_override = self._ops
         generation.around_decode = self.step
+        if captures:
+            generation.replays.capture_override = python_capture
         try:
             yield
         finally:
             generation.ops_override = None
+            generation.replays.capture_override = None
             del generation.around_decode
 
     @contextmanager
@@ -218,6 +225,43 @@ class Recorder:
                     floor += value.nbytes
         self._step.num_bytes += num_bytes
         self._step.floor_bytes += floor
+
+
+class PythonReplay:
+    """In place of a captured graph: does in Python what was captured."""
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        self._body = body
+
+    def replay(self) -> None:
+        """Run the body."""
+        self._body()
+
+
+def python_capture() -> Callable[[Callable[[], None]], PythonReplay]:
+    """What captures where there is no CUDA: runs a body once, as for CUDA's warm-up."""
+
+    def capture(body: Callable[[], None]) -> PythonReplay:
+        body()
+        return PythonReplay(body)
+
+    return capture
+
+
+def graph_violations(steps: Sequence[StepRecord]) -> list[str]:
+    """What no captured step may do, in words; empty where steps may be captured and replayed.
+
+    Args:
+        steps: Of one graph: the first is what was captured, the others what is replayed.
+    """
+    found = [
+        f"step {i} reads {name} on the host" for i, s in enumerate(steps) for name in s.host_reads
+    ]
+    for index, step in enumerate(steps[1:], 1):
+        for what in ("launches", "allocations", "scalars", "pointers"):
+            if getattr(step, what) != getattr(steps[0], what):
+                found.append(f"step {index} has other {what} than the step captured")
+    return found
 
 
 class _HostWatch(TorchFunctionMode):

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from tritonhybrid.batch import Batch, DecodeBuffers, prefill_batch
+from tritonhybrid.batch import prefill_batch
 from tritonhybrid.containers.binding import Binding
+from tritonhybrid.decode_graphs import DecodeGraphs
+from tritonhybrid.device_steps import DecodeMemory, DeviceSteps
 from tritonhybrid.kv_cache import PagedKVCache
-from tritonhybrid.long_rope import LongRope
-from tritonhybrid.sampler import Drawn, HeadCalls, Sampled, Sampler
+from tritonhybrid.sampler import HeadCalls, Sampled, Sampler
 from tritonhybrid.scheduler import Step
 
 
@@ -21,10 +22,10 @@ class Runner:
     Args:
         binding: The bound model.
         cache: Keys and values.
+        memory: For the decode steps.
         max_num_seqs: Most rows of a decode step.
-        max_blocks: Most pages of a sequence.
         device: Where the model computes.
-        long_rope: The rule by which sequences change rope tables, if any grows so long.
+        graphs: Replay decode steps, where that is possible.
         around_decode: Entered around the device's part of each decode step, by
             whoever records or profiles it.
     """
@@ -33,32 +34,32 @@ class Runner:
         self,
         binding: Binding,
         cache: PagedKVCache,
+        memory: DecodeMemory,
         *,
         max_num_seqs: int,
-        max_blocks: int,
         device: torch.device,
-        long_rope: LongRope | None = None,
+        graphs: DecodeGraphs | None = None,
         around_decode: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._binding = binding
         self._cache = cache
         self._device = device
-        self._long_rope = long_rope
         self._around_decode = around_decode
-        self._buffers = DecodeBuffers(max_num_seqs, max_blocks, cache.block_size, device, long_rope)
-        head = binding.head
-        self.sampler = Sampler(
-            binding.step.ops,
-            HeadCalls(
-                logits=head.logits,
-                weight=head.projection.weight,
-                bias=head.projection.bias,
-                scale=head.scale,
-                softcap=head.softcap,
-            ),
-            device,
-            capacity=max_num_seqs,
+        self._buffers = memory.buffers
+        self._has_graphs = graphs is not None
+        head = HeadCalls(
+            logits=binding.head.logits,
+            weight=binding.head.projection.weight,
+            bias=binding.head.projection.bias,
+            scale=binding.head.scale,
+            softcap=binding.head.softcap,
         )
+        self.sampler = Sampler(binding.step.ops, head, device, capacity=max_num_seqs)
+        self.device_steps = DeviceSteps(
+            binding, head, memory, self.sampler.used, around_decode, graphs
+        )
+        # What had the host prepare single tokens, where they could have been replayed.
+        self.host_rules: set[str] = set()
 
     def execute(self, step: Step) -> list[Sampled]:
         """Run a step.
@@ -68,13 +69,9 @@ class Runner:
         """
         self._cache.copy_blocks(step.copies)
         if not step.prefill:
-            batch = self._buffers.fill(step.decode)
-            self.sampler.prepare(step.decode)
-            with self._around_decode():
-                drawn = self._decode(batch)
-            return [self.sampler.collect(drawn, step.decode)]
-        size = self._cache.block_size
-        batch = prefill_batch(step.prefill, size, self._device, self._long_rope, step.decode)
+            return self._decode(step)
+        size, rope = self._cache.block_size, self._binding.long_rope
+        batch = prefill_batch(step.prefill, size, self._device, rope, step.decode)
         hidden = self._binding.forward(batch)
         sequences = step.sampled
         if not sequences:
@@ -89,9 +86,18 @@ class Runner:
         drawn = self.sampler.draw(hidden, positions, rows)
         return [self.sampler.collect(drawn, sequences)]
 
-    def _decode(self, batch: Batch) -> Drawn:
-        """The part of a decode step that never looks at the host: what a graph replays."""
-        return self.sampler.draw(self._binding.forward(batch), batch.next_positions)
+    def _decode(self, step: Step) -> list[Sampled]:
+        if self._has_graphs or step.num_steps > 1:
+            rules = {sequence.host_rule for sequence in step.decode} - {None}
+            if not rules:
+                return self.device_steps.run(step)
+            assert step.num_steps == 1, "the scheduler looks at each token of such sequences"
+            self.host_rules |= {str(rule) for rule in rules}
+        batch = self._buffers.fill(step.decode)
+        self.sampler.prepare(step.decode)
+        with self._around_decode():
+            drawn = self.sampler.draw(self._binding.forward(batch), batch.next_positions)
+        return [self.sampler.collect(drawn, step.decode)]
 
 
 def _owners(step: Step) -> list[int]:

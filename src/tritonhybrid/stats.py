@@ -33,6 +33,10 @@ class RolloutStats:
         num_decode_steps: Decode steps.
         preemptions: Sequences set back and recomputed for want of pages.
         peak_blocks: Most cache pages in use at once.
+        graph_hits: Replays of captured decode steps.
+        graph_captures: Decode steps captured in the call, of a number of rows each.
+        graph_recaptures: Captured steps thrown away because an address had changed.
+        graph_reason: Why decode steps, all or some, were not replayed; empty where all were.
         evicted_blocks: Pages of earlier use that were overwritten for want of others.
         kv_bytes: Size of the key-value cache.
         extra_weight_bytes: Weight bytes allocated beyond the training copy.
@@ -62,6 +66,10 @@ class RolloutStats:
     num_decode_steps: int = 0
     preemptions: int = 0
     peak_blocks: int = 0
+    graph_hits: int = 0
+    graph_captures: int = 0
+    graph_recaptures: int = 0
+    graph_reason: str = ""
     evicted_blocks: int = 0
     kv_bytes: int = 0
     extra_weight_bytes: int = 0

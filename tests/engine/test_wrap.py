@@ -94,6 +94,8 @@ def test_models_that_cannot_generate_are_refused_and_stay_as_they_were(build):
         ({"sync_timeout_s": 0}, "sync_timeout_s"),
         ({"sync_timeout_s": "long"}, "sync_timeout_s"),
         ({"inference_tp_size": 2}, "inference_tp_size"),
+        ({"decode_steps_per_replay": 0}, "decode_steps_per_replay"),
+        ({"decode_steps_per_replay": "many"}, "decode_steps_per_replay"),
         ({"enable_cuda_graph": True}, "enable_cuda_graph"),
         ({"consistent": True}, "consistent"),
         ({"consistent": "sometimes"}, "consistent"),

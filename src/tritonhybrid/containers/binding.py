@@ -18,8 +18,9 @@ from tritonhybrid.containers.norm import is_rms_norm, norm_eps
 from tritonhybrid.containers.parts import ModelParts, cache_name, configs
 from tritonhybrid.containers.patches import Patches
 from tritonhybrid.containers.plan import LayerPlan
-from tritonhybrid.containers.projection import is_plain
+from tritonhybrid.containers.projection import has_hooks, is_plain
 from tritonhybrid.containers.rope import RopeTable, rope_table
+from tritonhybrid.decode_graphs import FixedTensors
 from tritonhybrid.kv_cache import PagedKVCache
 from tritonhybrid.long_rope import LongRope
 from tritonhybrid_kernels.ops import Ops
@@ -39,6 +40,7 @@ class Binding:
         max_length: Longest sequence; sizes the rope table.
         long_rope: The rule by which sequences change rope tables, if any grows so long.
         returns_tuple: Whether HF's layers return tuples.
+        fixed: Where the rope tables of calls that follow one another stay, if they must.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Binding:
         max_length: int,
         long_rope: LongRope | None = None,
         returns_tuple: bool = False,
+        fixed: FixedTensors | None = None,
     ) -> None:
         self.parts = parts
         self.plans = tuple(plans)
@@ -59,7 +62,8 @@ class Binding:
         self._ops = ops
         self._cache = cache
         self._max_length = max_length
-        self._long_rope = long_rope
+        self.long_rope = long_rope
+        self._fixed = fixed
         self._returns_tuple = returns_tuple
         self._cache_name = cache_name(parts.backbone)
         self._patches = Patches()
@@ -76,7 +80,7 @@ class Binding:
             self._bind_layers(rope)
             if self.is_fused:
                 self._bind_surroundings()
-            elif self._long_rope is not None:
+            elif self.long_rope is not None:
                 self._bind_rotary(rope)
             if any(plan.path == "generic" for plan in self.plans):
                 self._bind_attention()
@@ -120,6 +124,30 @@ class Binding:
     def container(self, index: int) -> Callable[[torch.Tensor, Batch], torch.Tensor]:
         """The container bound in layer ``index`` (which is planned fused)."""
         return self._containers[index]
+
+    def graph_obstacle(self) -> str | None:
+        """Why a decode step may not be captured and replayed, or None if it may.
+
+        Python runs at the capture only. So all that a step computes must be ours or come from
+        addresses: whatever another module of Python decides would stay as it was then.
+        """
+        if not self.is_fused:
+            count = sum(plan.path != "fused" for plan in self.plans)
+            return f"{count} layers run in HF's own code"
+        for name, module in self.parts.model.named_modules():
+            if has_hooks(module):
+                return f"a replay would pass over the hook on {name or 'the model'}"
+        for index, container in self._containers.items():
+            for projection in container.projections:
+                if not projection.is_raw:
+                    return f"layer {index} calls a {type(projection.module).__name__}"
+        if not self.head.projection.is_raw:
+            return f"the head is a {type(self.head.projection.module).__name__}"
+        for module in (self.parts.backbone, self.parts.model.get_input_embeddings()):
+            package = type(module).__module__.partition(".")[0]
+            if package not in ("torch", "transformers") or not is_plain(module):
+                return f"{type(module).__name__} has code of its own"
+        return None
 
     def _bind_layers(self, rope: RopeTable | None) -> None:
         self._containers: dict[int, FusedLayer] = {}
@@ -194,13 +222,16 @@ class Binding:
 
     def _rope_table(self) -> RopeTable | None:
         """Rows for every position, where our side does the rotating or says how."""
-        if self._long_rope is None and all(plan.path == "generic" for plan in self.plans):
+        if self.long_rope is None and all(plan.path == "generic" for plan in self.plans):
             return None
         assert self.parts.rotary is not None
-        return rope_table(
+        table = rope_table(
             self.parts.rotary,
             self._max_length,
-            self._long_rope,
+            self.long_rope,
             dtype=self._cache.keys[0].dtype,
             device=self.parts.device,
         )
+        if self._fixed is None:
+            return table
+        return RopeTable(self._fixed.keep("cos", table.cos), self._fixed.keep("sin", table.sin))

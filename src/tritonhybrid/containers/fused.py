@@ -71,6 +71,11 @@ class FusedLayer:
         # A gated activation with unequal casts would need its own op; these are HF's.
         self.mlp_is_raw = self.gate.is_raw and self.up.is_raw
 
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All of the layer's."""
+        return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
+
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Advance the residual stream through the layer.
 
