@@ -30,7 +30,7 @@ class RolloutStats:
         overrun_tokens: Tokens sampled past an end and cut.
         completion_tokens: Tokens of the returned completions.
         num_prefill_steps: Steps with prompts, mixed ones included.
-        num_decode_steps: Decode steps.
+        num_decode_steps: Decode steps: forwards of one token a sequence.
         preemptions: Sequences set back and recomputed for want of pages.
         peak_blocks: Most cache pages in use at once.
         graph_hits: Replays of captured decode steps.
