@@ -220,5 +220,5 @@ class ReplayState:
             tuple(pages.data_ptr() for pages in (*cache.keys, *cache.values)),
             (cache.geometry, cache.block_size, cache.keys[0].dtype),
             (memory.buffers.addresses, memory.settings.addresses, self._fixed.addresses),
-            binding.long_rope,
+            (binding.long_rope, binding.head.description),
         )
