@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Sized
+from contextlib import closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -135,7 +136,9 @@ class HybridEngine(_Base):
     ) -> RolloutStream:
         """Sample completions and hand over each as soon as it has finished.
 
-        With ZeRO-3 every rank must call this together and exhaust or close its stream.
+        With ZeRO-3 every rank must call this together and exhaust or close its stream; the
+        last of them within ``sync_timeout_s`` of the first. An error that leaves the
+        stream's ``with`` block is a failure of this rank, which the others hear of.
 
         Args:
             prompts: As in :meth:`rollout`.
@@ -166,7 +169,10 @@ class HybridEngine(_Base):
                         yield None
                     except GeneratorExit:
                         call.is_given_up = True
-                yield from stream_steps(serving, call, state.generation.tokenizer, modes)
+                # The module is HF's again, and the pages are free, before an error is told. That
+                # the stream is closed is none, but comes back from yield from all the same.
+                with closing(serving), suppress(GeneratorExit):
+                    yield from stream_steps(serving, call, state.generation.tokenizer, modes)
                 call.count([s for s in sequences if s.is_finished])
 
         stream = steps()

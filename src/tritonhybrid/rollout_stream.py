@@ -61,8 +61,18 @@ class RolloutStream(Iterator[Completion]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close."""
-        self.close()
+        """Close; an error that leaves the block is this rank's failure, and so every rank's."""
+        if error is None or isinstance(error, GeneratorExit):
+            self.close()
+            return
+        try:
+            self._steps.throw(error)
+        except BaseException as raised:
+            # The with statement raises it again; a StopIteration comes back as a cause.
+            if error not in (raised, raised.__cause__):
+                raise
+        finally:
+            error.__traceback__ = trace
 
     def close(self) -> None:
         """Give up what has not finished; with ZeRO-3 the ranks meet as after a whole rollout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -104,13 +105,43 @@ def test_a_stream_closed_before_its_first_completion_leaves_nothing(engine: Any)
     assert_idle(engine)
 
 
-def test_an_exception_in_the_consumer_closes_the_stream(engine: Any):
-    with (
-        pytest.raises(ZeroDivisionError),
-        engine.rollout_stream(PROMPTS, PARAMS) as stream,
-    ):
+@pytest.mark.parametrize("kind", [ZeroDivisionError, StopIteration])
+def test_an_exception_in_the_consumer_closes_the_stream(engine: Any, kind: type[Exception]):
+    error = kind("on purpose")
+    with pytest.raises(kind) as caught, engine.rollout_stream(PROMPTS, PARAMS) as stream:
         for _ in stream:
-            raise ZeroDivisionError
+            raise error
+    assert caught.value is error
+    assert_idle(engine)
+
+
+def test_a_stream_inside_a_generator_that_is_closed_is_closed_too(engine: Any):
+    def consume() -> Iterator[Any]:
+        with engine.rollout_stream(PROMPTS, PARAMS) as stream:
+            yield from stream
+
+    consumer = consume()
+    next(consumer)
+    consumer.close()
+    assert_idle(engine)
+
+
+class FailingTokenizer:
+    """Decodes nothing."""
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        raise ZeroDivisionError("on purpose")
+
+
+def test_a_failing_tokenizer_ends_the_stream_and_the_module_is_hf_s_by_then(engine_of: Any):
+    engine = engine_of(tokenizer=FailingTokenizer())
+    stream = engine.rollout_stream(PROMPTS, PARAMS)
+    with pytest.raises(ZeroDivisionError) as caught:
+        next(stream)
+    # Also while someone holds on to the error and its frames.
+    assert caught.traceback
+    assert all("forward" not in module.__dict__ for module in engine.module.modules())
+    engine.__dict__["_tritonhybrid"].generation.tokenizer = None
     assert_idle(engine)
 
 
