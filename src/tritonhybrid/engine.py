@@ -112,17 +112,20 @@ class HybridEngine(_Base):
 
         Raises:
             EngineStateError: The rollout was resumed before, or is another engine's.
+            RankFailureError: Another rank failed; nothing is lost, resume the same again.
         """
         state = state_of(self)
         with state.call(token_budget) as call:
             sequences = paused.take_up(state.generation) if paused is not None else []
             call.resumed = paused
-            for sequence in sequences:
+            # Some have ended where an earlier attempt failed, on this rank or another.
+            left = [sequence for sequence in sequences if not sequence.is_finished]
+            for sequence in left:
                 sequence.policy_version = call.policy_version
-            state.generation.run(sequences, call)
+            state.generation.run(left, call)
             call.count(sequences)
-            if paused is not None:
-                paused.is_resumed = True
+        if paused is not None:
+            paused.is_resumed = True
         return _output(state, call, sequences)
 
     def rollout_stream(

@@ -112,6 +112,9 @@ class EngineState:
                     yield call
                     # A Ctrl-C by now is this call's failure, and with it every rank's.
                     interrupts.deliver()
+            except BaseException:
+                self.generation.abandon(call)
+                raise
             finally:
                 self.is_busy = False
                 if self.config.release_inference_cache:

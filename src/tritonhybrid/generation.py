@@ -136,6 +136,12 @@ class Generation:
         """Use no page for another call: the weights have changed."""
         self._weights = None
 
+    def abandon(self, call: Call) -> None:
+        """Free the pages of what a call has paused that fails in the end."""
+        if self._pause is not None and self._pause.rollout is call.paused:
+            self._pause.scheduler.set_back()
+            self._pause = None
+
     def run(
         self,
         sequences: Sized[Sequence],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tritonhybrid import ConfigError, EngineStateError, SamplingParams
+from tritonhybrid.runner import Runner
 from tritonhybrid.testing import hold
 
 PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24]]
@@ -130,6 +131,31 @@ def test_a_resumption_that_fails_can_be_tried_again(engine: Any):
     norm.data.copy_(kept)
     again = finished(engine.resume(paused))
     assert {k: c.token_ids for k, c in again.items()} == {k: whole[k].token_ids for k in again}
+
+
+def test_a_resumption_that_fails_after_some_have_ended_does_not_run_them_on(
+    engine_of: Any, monkeypatch: pytest.MonkeyPatch
+):
+    # One sequence at a time, which fills the one page but for its last token.
+    engine = engine_of(kv_cache_bytes=4 * 2 * 16 * 16 * 2, max_num_seqs=1)
+    params = [SamplingParams(max_new_tokens=n, seed=3, ignore_eos=True) for n in (14, 15)]
+    whole = finished(engine.rollout(PROMPTS[:2], params))
+    paused = engine.rollout(PROMPTS[:2], params, token_budget=5).paused
+    execute = Runner.execute
+    steps = iter(range(12))
+
+    def fail_at_last(self: Runner, step: Any) -> Any:
+        if next(steps) == 11:
+            raise ZeroDivisionError
+        return execute(self, step)
+
+    monkeypatch.setattr(Runner, "execute", fail_at_last)
+    with pytest.raises(ZeroDivisionError):
+        engine.resume(paused)
+    monkeypatch.setattr(Runner, "execute", execute)
+    assert [s.is_finished for s in paused.sequences] == [True, False]
+    again = finished(engine.resume(paused))
+    assert {k: c.token_ids for k, c in again.items()} == {k: c.token_ids for k, c in whole.items()}
 
 
 def test_a_rank_without_anything_left_resumes_nothing(engine: Any):
