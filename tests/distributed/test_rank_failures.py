@@ -72,9 +72,13 @@ def test_ragged_lengths_and_empty_prompts_never_hang(ranks, stage):
     assert len(results[0]["unequal"][0]) > len(results[1]["unequal"][0])
 
 
+# Pages of four tokens: keys and values of 3 layers, 2 heads of 16 numbers of 4 bytes.
+PAGE_BYTES = 4 * 2 * 3 * 2 * 16 * 4
+
+
 def one_rank_refuses(stage: int, case: str) -> dict[str, Any]:
     """Rank 1 passes an argument that is refused, rank 0 a good one."""
-    engine = hybrid_engine(stage)
+    engine = hybrid_engine(stage, config={"block_size": 4, "kv_cache_bytes": 12 * PAGE_BYTES})
     is_bad = rank() == 1
     ids = torch.tensor([[5, 6, 7]])
     calls = {
@@ -83,6 +87,15 @@ def one_rank_refuses(stage: int, case: str) -> dict[str, Any]:
         "too long": lambda: engine.rollout(
             [[5]], SamplingParams(max_new_tokens=1000 if is_bad else 4)
         ),
+        "longer than the cache": lambda: engine.rollout([[5] * (45 if is_bad else 40)], GREEDY),
+        "a uid twice": lambda: engine.rollout(PROMPTS[:2], GREEDY, uids=[7, 7 if is_bad else 8]),
+        "all tokens masked": lambda: engine.rollout(
+            PROMPTS[:2],
+            SamplingParams(
+                max_new_tokens=6, suppress_tokens=tuple(range(VOCAB if is_bad else VOCAB - 1))
+            ),
+        ),
+        "budget of nothing": lambda: engine.rollout([[5]], GREEDY, token_budget=int(not is_bad)),
         "unknown generate argument": lambda: engine.generate(
             ids, max_new_tokens=3, **({"no_such_argument": 1} if is_bad else {})
         ),
@@ -107,6 +120,10 @@ def healthy_loss(stage: int) -> float:
         ("token out of range", "ConfigError: Prompt 0 holds a token id outside the vocabulary"),
         ("empty prompt", "ConfigError: Prompt 1 is empty"),
         ("too long", "ConfigError: Prompt 0 plus max_new_tokens exceeds max_position_embeddings"),
+        ("longer than the cache", "CacheExhaustedError: A sequence must fit the key-value cache"),
+        ("a uid twice", "ConfigError: uids are distinct"),
+        ("all tokens masked", "NonFiniteLogitsError: Sampling needs finite logits"),
+        ("budget of nothing", "ConfigError: token_budget is out of range"),
         ("unknown generate argument", "ValueError: "),
         ("generate without room", "ValueError: "),
         ("beam search without beams", "ValueError: "),
@@ -149,14 +166,25 @@ def one_rank_breaks_down(kind: str) -> dict[str, Any]:
     """Rank 1 fails in its third step, each rank goes on to train and to roll out."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     engine = hybrid_engine(3)
-    with acting(Runner, "execute", 3, fail if kind == "error" else press_ctrl_c):
+    engine_state = engine.__dict__["_tritonhybrid"]
+
+    def spoil_pages() -> None:
+        for values in engine_state.generation.cache.values:
+            values.fill_(float("nan"))
+
+    act = {"error": fail, "ctrl_c": press_ctrl_c, "nan": spoil_pages}[kind]
+    with acting(Runner, "execute", 3, act):
         found = aftermath(engine, lambda: engine.rollout(PROMPTS, GREEDY))
     return {**found, "loss": micro_step(engine, 0), **rollout_beside_hf(engine)}
 
 
 @pytest.mark.parametrize(
     ("kind", "error"),
-    [("error", "ZeroDivisionError: on purpose"), ("ctrl_c", "KeyboardInterrupt:")],
+    [
+        ("error", "ZeroDivisionError: on purpose"),
+        ("ctrl_c", "KeyboardInterrupt:"),
+        ("nan", "NonFiniteLogitsError: Sampling needs finite logits"),
+    ],
 )
 def test_one_rank_raising_midway_never_hangs(ranks, kind, error):
     pool = ranks(2)
@@ -185,6 +213,24 @@ def test_non_finite_logits_reach_the_rank_without_prompts(ranks):
     assert "for prompt 0 at position" in with_prompts
     assert without.startswith("RankFailureError: rank 0 failed")
     assert "NonFiniteLogitsError" in without
+
+
+def no_cache_at_all() -> dict[str, Any]:
+    engine = hybrid_engine(3, config={"kv_cache_bytes": 100})
+    error = caught(lambda: engine.rollout(PROMPTS if rank() == 1 else [], GREEDY)).error
+    return {"error": error, "loss": micro_step(engine, 0)}
+
+
+def test_a_cache_smaller_than_a_page_is_told_to_the_rank_without_prompts(ranks):
+    pool = ranks(2)
+    without, with_prompts = pool.run(no_cache_at_all)
+    own = "CacheExhaustedError: The key-value cache needs at least one page"
+    assert with_prompts["error"].startswith(own)
+    assert without["error"].startswith(
+        f"RankFailureError: rank 1 failed during a collective rollout: {own}"
+    )
+    losses = pool.run(healthy_loss, 3)
+    assert [without["loss"], with_prompts["loss"]] == losses
 
 
 def one_rank_stays_away() -> str:
