@@ -102,6 +102,16 @@ def tests_gpu(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Play 1,000 random rounds on two ranks, or those that TRITONHYBRID_ROUNDS names."""
+    install_project(session, "test")
+    rounds = {"TRITONHYBRID_ROUNDS": os.environ.get("TRITONHYBRID_ROUNDS", "1000")}
+    session.run(
+        "pytest", "tests/distributed/test_rounds.py", *session.posargs, env=OFFLINE | rounds
+    )
+
+
+@nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Run the demo as the README's first command does."""
     session.install(TORCH)
