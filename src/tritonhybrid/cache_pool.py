@@ -99,7 +99,9 @@ def _blocks_wanted(
     """Pages with which no sequence in flight ever waits: prompts shared, tails own."""
     seen: set[int] = set()
     needs = []
-    for sequence in sequences:
+    # The shared pages are counted with the longest, so that the most a choice of them needs are
+    # the largest needs.
+    for sequence in sorted(sequences, key=lambda s: s.max_length, reverse=True):
         total = -(-sequence.max_length // block_size)
         shared = len(sequence.prompt) // block_size
         if rope is not None and rope.starts_anew:

@@ -123,6 +123,18 @@ def test_a_tiny_cache_preempts_and_gives_the_same_tokens(
     assert tokens(tiny.rollout(PROMPTS, params)) == tokens(plenty)
 
 
+@pytest.mark.parametrize("num_slots", [1, 2, 3])
+def test_a_cache_of_automatic_size_holds_equal_prompts_of_which_one_grows_longest(
+    engine_of: Callable[..., Any], num_slots: int
+):
+    params = [SamplingParams(max_new_tokens=n, temperature=0.0, ignore_eos=True) for n in (1, 40)]
+    prompts = [PROMPTS[1], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    engine = engine_of(max_num_seqs=num_slots, block_size=2)
+    out = engine.rollout(prompts, params * 2)
+    assert engine.stats.preemptions == 0
+    assert tokens(out) == tokens(engine_of().rollout(prompts, params * 2))
+
+
 def test_a_sequence_too_long_for_the_cache_is_refused_and_the_engine_goes_on(
     engine_of: Callable[..., Any],
 ):
