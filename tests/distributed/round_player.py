@@ -6,11 +6,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from models import forward, hybrid_engine, plain_copy, plain_engine
-from rounds import Fault, Round, Work, draw_round, draw_settings
+from rounds import MAX_PROMPT, Fault, Round, Work, draw_round, draw_settings
 from training_state import differences, snapshot
 
 from tritonhybrid import Completion, RolloutOutput, SamplingParams
@@ -55,6 +56,8 @@ class Spell:
         self.problems: list[str] = []
         # What was paused last; it keeps its pages until another call has need of them.
         self.paused: list[Sequence] = []
+        # Tokens of the latest sequences.
+        self.history: list[list[int]] = []
         # By policy version; what rollouts are compared with.
         self.copies: dict[int, Any] = {}
         self._copy()
@@ -73,7 +76,7 @@ class Spell:
         own = plan.fault if plan.fault is not None and plan.fault.rank == self.rank else None
         try:
             with self._acting_up(own, has_fired):
-                getattr(self, f"_{plan.act}")(plan, plan.works[self.rank], own)
+                getattr(self, f"_{plan.act}")(plan, self._with_history(plan), own)
         except BaseException as raised:
             error = f"{type(raised).__name__}: {raised}"
         self._check_idle()
@@ -85,6 +88,19 @@ class Spell:
             "has_fired": bool(has_fired),
             "seconds": time.perf_counter() - start,
         }
+
+    def _with_history(self, plan: Round) -> Work:
+        """This rank's work, its prompts beginning with what is in the pages perhaps."""
+        work = plan.works[self.rank]
+        prompts = list(work.prompts)
+        for index, (age, length) in work.follows.items():
+            if age < len(self.history):
+                prompts[index] = [*self.history[-1 - age][:length], *prompts[index]][:MAX_PROMPT]
+        return replace(work, prompts=prompts)
+
+    def _remember(self, work: Work, completions: list[Completion]) -> None:
+        self.history += [[*work.prompts[c.prompt_index], *c.token_ids] for c in completions]
+        del self.history[:-6]
 
     # Acts.
 
@@ -243,6 +259,7 @@ class Spell:
 
     def _check_logprobs(self, work: Work, completions: list[Completion]) -> None:
         """Each token's raw log-probability is HF's under the weights that sampled it."""
+        self._remember(work, completions)
         for version in {v for c in completions for v in c.policy_versions}:
             rows = [[*work.prompts[c.prompt_index], *c.token_ids] for c in completions]
             width = max(map(len, rows))

@@ -14,7 +14,8 @@ WORLD_SIZE = 2
 # Rounds that one engine lives for.
 SPELL = 10
 # Of the longest prompt and completion together.
-LONGEST = 30 + 24
+MAX_PROMPT = 30
+LONGEST = MAX_PROMPT + 24
 # Keys and values of a token: 3 layers, 2 heads of 16 numbers of 4 bytes.
 _BYTES_PER_TOKEN = 2 * 3 * 2 * 16 * 4
 _STAGES = (3, 0, 3, 2, 3, 0, 3, 1)
@@ -65,6 +66,8 @@ class Work:
         prompts: Token ids; none at all is fine.
         settings: Of SamplingParams, one a prompt.
         uids: One a prompt, or None.
+        follows: A prompt that begins with so many tokens of a sequence of an earlier round,
+            counted from the latest; its own come behind.
         budgets: Of the rollout and of each resumption.
         aborts: After so many completions of a stream, this prompt is given up.
         closes_after: So many completions; None goes to the end.
@@ -73,6 +76,7 @@ class Work:
     prompts: list[list[int]]
     settings: list[dict[str, Any]]
     uids: list[int] | None = None
+    follows: dict[int, tuple[int, int]] = field(default_factory=dict)
     budgets: list[int | None] = field(default_factory=list)
     aborts: dict[int, int] = field(default_factory=dict)
     closes_after: int | None = None
@@ -148,7 +152,7 @@ def draw_round(seed: int, index: int) -> Round:
         fault=fault,
         # A training step is every rank's, and resident ranks don't hear of each other's failures.
         trains_between=fault is None and rng.random() < 0.6,
-        is_left=rng.random() < 0.15,
+        is_left=fault is None and rng.random() < 0.2,
         trains_after=rng.random() < 0.4,
     )
 
@@ -175,6 +179,9 @@ def _work(rng: random.Random, act: str, openings: list[list[int]]) -> Work:
         settings=[one or _settings(rng) for _ in prompts],
         uids=[rng.getrandbits(64) - 2**63 for _ in prompts] if rng.random() < 0.5 else None,
     )
+    if act != "generate":
+        lengths = {i: rng.randint(1, 30) for i in range(count) if rng.random() < 0.25}
+        work = replace(work, follows={i: (rng.randrange(6), n) for i, n in lengths.items()})
     if act == "stream":
         num_aborts = rng.choice([0, 1, 3]) if prompts else 0
         aborts = {rng.randrange(6): rng.randrange(count) for _ in range(num_aborts)}
@@ -235,6 +242,8 @@ def _fault(rng: random.Random, act: str) -> Fault:
 
 def _spoilt(work: Work, fault: Fault) -> Work:
     """A rank's work with what is bad about it, if the badness is in its arguments."""
+    if not fault.op:
+        work = replace(work, follows={})
     if not work.prompts:
         work = replace(work, prompts=[[5, 6, 7]], settings=[{"max_new_tokens": 9, "seed": 1}])
         work = replace(work, uids=None)
@@ -252,5 +261,6 @@ def _spoilt(work: Work, fault: Fault) -> Work:
         return replace(work, budgets=[0, *work.budgets[1:]])
     if fault.kind == "all masked":
         masked = own | {"suppress_tokens": list(range(VOCAB)), "min_new_tokens": 0}
-        return replace(work, settings=[masked, *rest])
+        # Met in any case.
+        return replace(work, settings=[masked, *rest], aborts={}, closes_after=None)
     return work
