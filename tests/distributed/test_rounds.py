@@ -57,7 +57,7 @@ def problems(stage: int, plan: Round, results: list[dict[str, Any]]) -> list[str
     expected = (REFUSED | BROKEN)[fault.kind]
     if bad["error"] and not bad["error"].startswith(expected):
         found.append(f"rank {fault.rank}: {bad['error']}")
-    if fault.kind in REFUSED and not bad["error"]:
+    if fault.kind in (*REFUSED, "all masked") and not bad["error"]:
         found.append(f"rank {fault.rank} refused nothing")
     if bad["has_fired"] and fault.kind != "op gives nan" and not bad["error"]:
         found.append(f"rank {fault.rank} raised nothing")
