@@ -66,6 +66,7 @@ class BlockManager:
         self._is_free = bytearray(b"\x01" * num_blocks)
         self._num_free = num_blocks
         self._references = [0] * num_blocks
+        self._num_shared = 0
         # Where the next table's run is looked for first: past the room of the last one.
         self._next_run = 0
         self._index = PrefixIndex()
@@ -87,6 +88,11 @@ class BlockManager:
     def num_used(self) -> int:
         """Pages that at least one table owns."""
         return self.num_blocks - self.num_free
+
+    @property
+    def num_shared(self) -> int:
+        """Pages that stand in more than one table."""
+        return self._num_shared
 
     @property
     def capacity(self) -> int:
@@ -133,7 +139,7 @@ class BlockManager:
     def share(self, table: Sequence[int]) -> list[int]:
         """A second table over the same pages, each with one more reference."""
         for block in table:
-            self._references[block] += 1
+            self._add_reference(block)
         return list(table)
 
     def append_cost(self, table: Sequence[int], position: int) -> int:
@@ -167,14 +173,14 @@ class BlockManager:
         if self._references[shared] == 1:
             return None
         table[index] = self.allocate(1, room=room - index)[0]
-        self._references[shared] -= 1
+        self._drop_reference(shared)
         return BlockCopy(shared, table[index])
 
     def free(self, table: list[int]) -> None:
         """Let go of a table's pages; the table is emptied in place."""
         # The end first: what leads up to a page is of use longer than the page itself.
         for block in reversed(table):
-            self._references[block] -= 1
+            self._drop_reference(block)
             if self._references[block] == 0:
                 if block in self._index:
                     self._idle[block] = None
@@ -205,7 +211,7 @@ class BlockManager:
         for page in match.pages:
             if self._references[page] == 0:
                 del self._idle[page]
-            self._references[page] += 1
+            self._add_reference(page)
         return list(match.pages)
 
     def publish(self, table: Sequence[int], tokens: Sequence[int], trail: PageTrail) -> None:
@@ -270,6 +276,9 @@ class BlockManager:
         counted = {block: n for block, n in enumerate(self._references) if n}
         if dict(held) != counted:
             raise AssertionError(f"page references {counted} differ from the tables' {dict(held)}")
+        shared = sum(n > 1 for n in counted.values())
+        if shared != self._num_shared:
+            raise AssertionError(f"{shared} pages are shared, {self._num_shared} were counted")
         free = {block for block, is_free in enumerate(self._is_free) if is_free}
         if (free | set(self._idle)) & set(counted):
             raise AssertionError("a page is free and in use")
@@ -294,6 +303,14 @@ class BlockManager:
         self._is_free[page] = 1
         self._num_free += 1
         self.num_evicted += 1
+
+    def _add_reference(self, block: int) -> None:
+        self._references[block] += 1
+        self._num_shared += self._references[block] == 2
+
+    def _drop_reference(self, block: int) -> None:
+        self._references[block] -= 1
+        self._num_shared -= self._references[block] == 1
 
     def _take(self, block: int) -> None:
         self._is_free[block] = 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
+from tritonhybrid.call_observer import CallObserver, Span
 from tritonhybrid.interrupts import InterruptsHeld
 from tritonhybrid.rollout_output import PausedRollout
 from tritonhybrid.sequence import Sequence
@@ -30,6 +33,7 @@ class Call:
         paused: What it leaves undone.
         aborts: Prompts that the caller gives up; taken note of after each step.
         is_given_up: Whether the caller wants no more of it at all.
+        observers: Told of its parts, steps and ends as they are over; mostly none.
     """
 
     seed: int
@@ -43,6 +47,7 @@ class Call:
     paused: PausedRollout | None = None
     aborts: list[int] = field(default_factory=list)
     is_given_up: bool = False
+    observers: Sized[CallObserver] = ()
     num_samples: int = 0
     num_sampled: int = 0
 
@@ -50,6 +55,47 @@ class Call:
     def is_spent(self) -> bool:
         """Whether the token budget is used up."""
         return self.token_budget is not None and self.num_sampled >= self.token_budget
+
+    def tell_sequences(self, sequences: Sized[Sequence]) -> None:
+        """Tell the observers what will be sampled."""
+        for observer in self.observers:
+            observer.on_admit(sequences)
+
+    def tell_finished(self, sequences: Sized[Sequence]) -> None:
+        """Tell the observers what ended."""
+        if sequences:
+            for observer in self.observers:
+                observer.on_finish(sequences)
+
+    def tell_span(
+        self,
+        name: str,
+        lane: Literal["call", "steps", "ranks"],
+        start_s: float,
+        seconds: float | None = None,
+        **counts: int | float | str,
+    ) -> None:
+        """Tell the observers of a part of the call.
+
+        Args:
+            name: What was done.
+            lane: As in ``Span``.
+            start_s: ``time.perf_counter()`` of its beginning.
+            seconds: How long it took; None means until now.
+            counts: What was counted in it.
+        """
+        if not self.observers:
+            return
+        if seconds is None:
+            seconds = time.perf_counter() - start_s
+        span = Span(name=name, lane=lane, start_s=start_s, seconds=seconds, counts=counts)
+        for observer in self.observers:
+            observer.on_span(span)
+
+    def note_meeting(self, start_s: float, seconds: float) -> None:
+        """Count what a meeting with the other ranks took."""
+        self.stats.sync_s += seconds
+        self.tell_span("meet", "ranks", start_s, seconds)
 
     def count(self, sequences: Sized[Sequence]) -> None:
         """Count the tokens of the call's sequences."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from tritonhybrid.call import Call
+from tritonhybrid.call_observer import StepReport
 from tritonhybrid.runner import Runner
 from tritonhybrid.sampler import Sampled
 from tritonhybrid.scheduler import Scheduler, Step
@@ -45,18 +46,40 @@ class DecodingLoop:
         preemptions, shared = scheduler.preemptions, scheduler.num_shared_tokens
         evicted = scheduler.blocks.num_evicted
         while scheduler.has_work and not call.is_spent:
-            start = time.perf_counter()
+            start, num_set_back = time.perf_counter(), scheduler.preemptions
             step = scheduler.schedule()
             sampled = step.sampled
             # The one part that takes long; what it leaves half done is given up with the cache.
             results = call.interrupts.let_through(partial(self._runner.execute, step))
             num_kept = self._record(sampled, results)
-            stats.peak_blocks = max(stats.peak_blocks, scheduler.blocks.num_used)
+            num_used, num_shared = scheduler.blocks.num_used, scheduler.blocks.num_shared
+            stats.peak_blocks = max(stats.peak_blocks, num_used)
+            stats.shared_blocks = max(stats.shared_blocks, num_shared)
             finished = scheduler.retire()
-            self._account(step, num_kept, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self._account(step, num_kept, seconds)
+            if call.observers:
+                report = StepReport(
+                    start_s=start,
+                    seconds=seconds,
+                    num_prompts=len(step.prefill),
+                    num_decoding=len(step.decode),
+                    num_steps=step.num_steps,
+                    prefill_tokens=sum(group.num_tokens for group in step.prefill),
+                    decode_tokens=len(step.decode) if step.prefill else num_kept,
+                    kept_tokens=num_kept,
+                    overrun_tokens=len(results) * len(sampled) - num_kept,
+                    used_blocks=num_used,
+                    shared_blocks=num_shared,
+                    preemptions=scheduler.preemptions - num_set_back,
+                )
+                for observer in call.observers:
+                    observer.on_step(report)
+            call.tell_finished(finished)
             if finished:
                 yield finished
             finished = self._aborted()
+            call.tell_finished(finished)
             if finished:
                 yield finished
         stats.preemptions = scheduler.preemptions - preemptions
@@ -85,6 +108,7 @@ class DecodingLoop:
             stats.num_prefill_steps += 1
             stats.prefill_tokens += sum(group.num_tokens for group in step.prefill)
             stats.decode_tokens += len(step.decode)
+            stats.mixed_decode_tokens += len(step.decode)
         else:
             stats.decode_s += seconds
             stats.num_decode_steps += step.num_steps

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Sized
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import deepspeed
@@ -15,10 +16,12 @@ import torch.distributed as dist
 from torch import nn
 
 from tritonhybrid.call import Call
+from tritonhybrid.call_observer import CallObserver
+from tritonhybrid.call_trace import CallTrace, rank_path
 from tritonhybrid.config import HybridConfig
 from tritonhybrid.containers.parts import causal_model, own_generate
 from tritonhybrid.engine_compat import SeedSurface
-from tritonhybrid.engine_state import EngineState
+from tritonhybrid.engine_state import EngineState, world_size
 from tritonhybrid.errors import EngineStateError, explain
 from tritonhybrid.hf_generate import serve_generate
 from tritonhybrid.requests import Limits, Prompts, build_sequences, completions
@@ -57,6 +60,7 @@ class HybridEngine(_Base):
         attention_mask: torch.Tensor | None = None,
         token_budget: int | None = None,
         max_num_seqs: int | None = None,
+        progress: bool = False,
     ) -> RolloutOutput:
         """Sample completions of ragged prompts from the weights being trained.
 
@@ -76,6 +80,8 @@ class HybridEngine(_Base):
                 call stops at the end of a step; :meth:`resume` goes on. None sets no limit.
             max_num_seqs: Most sequences in flight; None leaves it to the settings, which
                 it can't exceed.
+            progress: Show this rank's completions, tokens/s and the time left on stderr, on
+                rank 0 only.
 
         Returns:
             n completions a prompt, adjacent, in input order.
@@ -87,14 +93,18 @@ class HybridEngine(_Base):
             RankFailureError: Another rank failed.
         """
         state = state_of(self)
-        with state.call(token_budget, max_num_seqs) as call:
+        with state.call("rollout", token_budget, max_num_seqs, _bar_if(progress)) as call:
             sequences = self._sequences(call, prompts, sampling, uids, attention_mask)
             state.generation.run(sequences, call)
             call.count(sequences)
         return _output(state, call, sequences)
 
     def resume(
-        self, paused: PausedRollout | None, *, token_budget: int | None = None
+        self,
+        paused: PausedRollout | None,
+        *,
+        token_budget: int | None = None,
+        progress: bool = False,
     ) -> RolloutOutput:
         """Go on with a rollout whose token budget was spent, from the weights as they are now.
 
@@ -106,6 +116,7 @@ class HybridEngine(_Base):
         Args:
             paused: From ``RolloutOutput.paused``; None on a rank that has nothing left.
             token_budget: As in :meth:`rollout`.
+            progress: As in :meth:`rollout`.
 
         Returns:
             The completions that had not ended, whole, in input order.
@@ -115,7 +126,7 @@ class HybridEngine(_Base):
             RankFailureError: Another rank failed; nothing is lost, resume the same again.
         """
         state = state_of(self)
-        with state.call(token_budget) as call:
+        with state.call("resume", token_budget, observers=_bar_if(progress)) as call:
             sequences = paused.take_up(state.generation) if paused is not None else []
             call.resumed = paused
             # Some have ended where an earlier attempt failed, on this rank or another.
@@ -136,6 +147,7 @@ class HybridEngine(_Base):
         uids: Sized[int] | None = None,
         attention_mask: torch.Tensor | None = None,
         token_budget: int | None = None,
+        progress: bool = False,
     ) -> RolloutStream:
         """Sample completions and hand over each as soon as it has finished.
 
@@ -150,6 +162,7 @@ class HybridEngine(_Base):
             attention_mask: As in :meth:`rollout`.
             token_budget: As in :meth:`rollout`; what it cuts short does not come out, see
                 ``RolloutStream.paused``.
+            progress: As in :meth:`rollout`.
 
         Returns:
             An iterator over completions, in the order in which they finish.
@@ -163,7 +176,7 @@ class HybridEngine(_Base):
         begun: list[tuple[Call, Sized[Sequence]]] = []
 
         def steps() -> Generator[Completion | None, None, None]:
-            with state.call(token_budget) as call:
+            with state.call("rollout_stream", token_budget, observers=_bar_if(progress)) as call:
                 sequences = self._sequences(call, prompts, sampling, uids, attention_mask)
                 begun.append((call, sequences))
                 serving = state.generation.serve(sequences, call)
@@ -229,7 +242,7 @@ class HybridEngine(_Base):
         own = state.had_generate
         original = own if own is not None else own_generate(module)
 
-        with state.call() as call:
+        with state.call("generate") as call:
 
             def native(
                 input_ids: torch.Tensor,
@@ -266,6 +279,22 @@ class HybridEngine(_Base):
             if call.stats.path == "hf":
                 _count_decoded(call, inputs, kwargs, out, module)
             return out
+
+    def trace(self, path: str | Path) -> AbstractContextManager[CallTrace]:
+        """Record every call inside a ``with`` block for a trace viewer such as Perfetto.
+
+        The file holds counts and times, no prompt text and no token ids. It is written also
+        where the block is left by an exception. On one rank it is ``path``; of several, each
+        that enters the block writes its own, ``trace.json`` becoming ``trace.rank0.json``.
+
+        Args:
+            path: Replaced if it is there.
+
+        Raises:
+            ConfigError: Its directory is not there, or it is one.
+        """
+        own = rank_path(path, _rank(), world_size())
+        return state_of(self).traced(own, _rank())
 
     @property
     def stats(self) -> RolloutStats:
@@ -393,6 +422,16 @@ def _limits(engine: Any, state: EngineState) -> Limits:
         rank=_rank(),
         has_tokenizer=state.generation.tokenizer is not None,
     )
+
+
+def _bar_if(progress: bool) -> list[CallObserver]:
+    """Who shows a call's progress on this rank."""
+    if not progress or _rank() != 0:
+        return []
+    # The one thing here that draws; a call without it never loads rich.
+    from tritonhybrid.progress_bar import ProgressBar
+
+    return [ProgressBar()]
 
 
 def _rank() -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from tritonhybrid.call import Call
+from tritonhybrid.call_observer import CallObserver, CallReport
+from tritonhybrid.call_trace import CallTrace
 from tritonhybrid.config import HybridConfig
 from tritonhybrid.errors import ConfigError, EngineStateError, explain
 from tritonhybrid.generation import Generation
@@ -31,6 +34,7 @@ class EngineState:
         seeds: The next seed of calls that name none.
         policy_version: Optimizer steps that the weights have seen.
         had_generate: The module's own instance attribute ``generate``, if any.
+        observers: Told of every call.
     """
 
     original_class: type
@@ -42,6 +46,7 @@ class EngineState:
     clock: LatencyClock = field(default_factory=LatencyClock)
     stats: RolloutStats = field(default_factory=RolloutStats)
     is_busy: bool = False
+    observers: list[CallObserver] = field(default_factory=list)
 
     def require_idle(self, act: str) -> None:
         """Refuse what must not come between the steps of a rollout.
@@ -66,7 +71,11 @@ class EngineState:
 
     @contextmanager
     def call(
-        self, token_budget: int | None = None, max_num_seqs: int | None = None
+        self,
+        kind: str,
+        token_budget: int | None = None,
+        max_num_seqs: int | None = None,
+        observers: Sequence[CallObserver] = (),
     ) -> Iterator[Call]:
         """One rollout or generate call: not nested, timed, its failure every rank's.
 
@@ -74,8 +83,10 @@ class EngineState:
         between a block and its undoing.
 
         Args:
+            kind: What it is called, by those who watch it.
             token_budget: Tokens after which the call stops; None sets no limit.
             max_num_seqs: Most sequences in flight; None leaves it to the settings.
+            observers: Told of this call, beside those of every call.
 
         Raises:
             EngineStateError: Another call is under way.
@@ -102,17 +113,23 @@ class EngineState:
                 policy_version=self.policy_version,
                 token_budget=token_budget,
                 max_num_seqs=max_num_seqs,
+                observers=(*self.observers, *observers),
             )
+            collective.on_met = call.note_meeting
             start = time.perf_counter()
             self.is_busy = True
+            failure: BaseException | None = None
             try:
+                for observer in call.observers:
+                    observer.on_begin(kind, start)
                 with collective:
                     _check_limit("token_budget", token_budget)
                     _check_limit("max_num_seqs", max_num_seqs)
                     yield call
                     # A Ctrl-C by now is this call's failure, and with it every rank's.
                     interrupts.deliver()
-            except BaseException:
+            except BaseException as error:
+                failure = error
                 self.generation.abandon(call)
                 raise
             finally:
@@ -123,6 +140,30 @@ class EngineState:
                 call.stats.latency = self.stats.latency
                 self.stats = call.stats
                 self.clock.on_call(call.stats, call.num_samples * world_size())
+                name = None if failure is None else type(failure).__name__
+                report = CallReport(kind=kind, start_s=start, stats=call.stats, error=name)
+                with ExitStack() as told:
+                    # Each of them closes what it has opened, whatever becomes of the others.
+                    for observer in call.observers:
+                        told.callback(observer.on_end, report)
+
+    @contextmanager
+    def traced(self, path: Path, rank: int) -> Iterator[CallTrace]:
+        """Record every call that begins inside.
+
+        Args:
+            path: Of this rank's file.
+            rank: The trace's process.
+
+        Raises:
+            ConfigError: The path is no file's.
+        """
+        with CallTrace(path, rank) as trace:
+            self.observers.append(trace)
+            try:
+                yield trace
+            finally:
+                self.observers.remove(trace)
 
 
 def _check_limit(name: str, value: object) -> None:

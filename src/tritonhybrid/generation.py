@@ -195,6 +195,7 @@ class Generation:
         """
         parts = find_parts(self.module)
         stats = call.stats
+        call.tell_sequences(sequences)
         with self._materialised(parts, call) as weights:
             if weights.strategy == "foreign":
                 stats.note(
@@ -238,6 +239,9 @@ class Generation:
             call.stats.gather_s = weights.gather_s
             call.stats.gather_bytes = weights.gather_bytes
             call.stats.extra_weight_bytes = weights.extra_bytes
+            if weights.strategy == "pinned":
+                start, seconds = weights.gather_start_s, weights.gather_s
+                call.tell_span("gather", "call", start, seconds, bytes=weights.gather_bytes)
             yield weights
 
     def _announce_modes(self, weights: Materialisation, stats: RolloutStats) -> None:
@@ -266,6 +270,7 @@ class Generation:
         finally:
             call.stats.decode_s = time.perf_counter() - start
             patches.undo()
+            call.tell_span("hf decoding", "steps", start, call.stats.decode_s)
 
     def _serve(
         self,
@@ -279,9 +284,10 @@ class Generation:
         max_length = max(sequence.max_length for sequence in sequences)
         start = time.perf_counter()
         shortest = min(len(s.prompt) for s in sequences) if is_padded else None
-        verdict, reason = self._judge(parts, max_length, shortest)
+        verdict, reason = self._judge(parts, max_length, shortest, call)
         call.interrupts.deliver()
         stats.bind_s = time.perf_counter() - start
+        call.tell_span("bind", "call", start, stats.bind_s)
         stats.backend = self.ops().backend
         if parts is None or verdict is None or not verdict.is_native:
             self._announce(stats, f"HF's own loop serves this model: {reason}")
@@ -305,7 +311,7 @@ class Generation:
         return None
 
     def _judge(
-        self, parts: ModelParts | None, max_length: int, shortest: int | None
+        self, parts: ModelParts | None, max_length: int, shortest: int | None, call: Call
     ) -> tuple[Verdict | None, str]:
         """The probe's verdict on the model as it is now; asked once a structure."""
         if parts is None:
@@ -318,7 +324,9 @@ class Generation:
         key = (fingerprint(parts, plans), ops.backend)
         verdict = self._verdicts.get(key)
         if verdict is None:
+            start = time.perf_counter()
             verdict = probe(parts, plans, ops)
+            call.tell_span("probe", "call", start)
             if verdict.is_lasting:
                 # Hooks that come and go with each call make new keys without end.
                 if len(self._verdicts) >= _MAX_VERDICTS:
@@ -369,7 +377,9 @@ class Generation:
                 replays.begin(runner, binding, cache, num_seqs)
                 num_steps = replays.num_steps(binding)
                 scheduler.options = replace(scheduler.options, num_steps=num_steps)
-                stats.bind_s += time.perf_counter() - start
+                seconds = time.perf_counter() - start
+                stats.bind_s += seconds
+                call.tell_span("bind", "call", start, seconds)
                 yield from DecodingLoop(scheduler, runner, call, self.finish_text).run()
                 replays.end(stats, runner.host_rules)
         except BaseException:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from tritonhybrid.call import Call
+from tritonhybrid.call_observer import StepReport
 from tritonhybrid.containers.parts import own_generate
 from tritonhybrid.errors import UnsupportedModelError, explain
 from tritonhybrid.sampler import HeadCalls, Sampler
@@ -153,6 +154,8 @@ class _OurSampling(LogitsProcessor):
         self._sequences = sequences
         self._call = call
         self._finish_text = finish_text
+        self._step_start = time.perf_counter()
+        self._is_first = True
         head = HeadCalls(logits=lambda scores: scores, weight=None, bias=None)
         self._sampler = Sampler(ops, head, device)
 
@@ -168,7 +171,26 @@ class _OurSampling(LogitsProcessor):
             self._finish_text(sequence)
             chosen[row, sampled.tokens[index]] = 1
         self._call.num_sampled += len(live)
+        if self._call.observers:
+            self._tell(input_ids, sequences)
         return chosen
+
+    def _tell(self, input_ids: torch.Tensor, sequences: list[Sequence]) -> None:
+        """Tell who watches the call of a step: HF's forward and our sampling."""
+        now, num_tokens = time.perf_counter(), len(sequences)
+        report = StepReport(
+            start_s=self._step_start,
+            seconds=now - self._step_start,
+            num_prompts=num_tokens if self._is_first else 0,
+            num_decoding=0 if self._is_first else num_tokens,
+            prefill_tokens=input_ids.numel() if self._is_first else 0,
+            decode_tokens=0 if self._is_first else num_tokens,
+            kept_tokens=num_tokens,
+        )
+        self._step_start, self._is_first = now, False
+        for observer in self._call.observers:
+            observer.on_step(report)
+        self._call.tell_finished([s for s in sequences if s.is_finished])
 
 
 class _AllEnded(StoppingCriteria):

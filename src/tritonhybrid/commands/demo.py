@@ -37,6 +37,13 @@ def add_parser(commands: Any) -> None:
         default=DemoSettings.out,
         help=f"directory of metrics.json and reward.png ({DemoSettings.out})",
     )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write every rollout's steps and times as a trace for ui.perfetto.dev; with two "
+        "ranks FILE.rank0 and FILE.rank1, before its suffix",
+    )
     parser.set_defaults(run=run)
 
 
@@ -50,8 +57,10 @@ def run(options: argparse.Namespace) -> int:
         Exit code.
 
     Raises:
-        ConfigError: No steps are asked for, the device is not there, or --out is a file.
+        ConfigError: No steps are asked for, the device is not there, --out is a file, or
+            --trace is none.
     """
+    from tritonhybrid.call_trace import check_trace_path
     from tritonhybrid.demo.launch import launch
     from tritonhybrid.local_engine import choose_device
 
@@ -74,6 +83,8 @@ def run(options: argparse.Namespace) -> int:
                 hint="Name another directory.",
             )
         )
+    if options.trace is not None:
+        check_trace_path(options.trace)
     settings = DemoSettings(
         zero=options.zero,
         ranks=options.ranks,
@@ -81,5 +92,6 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         out=options.out,
+        trace=options.trace,
     )
     return launch(settings, options.began_at)

@@ -6,6 +6,7 @@ import argparse
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,12 @@ def add_parser(commands: Any) -> None:
         help="also run HF's generate: agreement of greedy tokens, tokens/s of both",
     )
     parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write the calls' steps and times as a trace for ui.perfetto.dev",
+    )
+    parser.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run Python code that comes with the model",
@@ -82,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: The model can't be read, or an option is out of range.
         UnsupportedModelError: It is no causal language model.
     """
+    from tritonhybrid.call_trace import check_trace_path
     from tritonhybrid.local_engine import LocalEngineConfig, choose_device, hush
     from tritonhybrid.model_files import ModelFiles
     from tritonhybrid.sampling_params import SamplingParams
@@ -94,6 +102,8 @@ def run(options: argparse.Namespace) -> int:
         n=options.n,
         seed=options.seed,
     )
+    if options.trace is not None:
+        check_trace_path(options.trace)
     device = choose_device(options.device)
     hush()
     files = ModelFiles.find(
@@ -113,13 +123,15 @@ def run(options: argparse.Namespace) -> int:
                 build_engine(files.load_model(), engine_config), tokenizer=tokenizer
             )
             engine.eval()
-            output = engine.rollout(prompts, sampling)
-            for completion in output.completions:
-                _show(completion, options.prompt, options.n)
-            _say_stats(output.stats, files)
-            if not options.compare_hf:
-                return 0
-            return _compare(engine, files, prompts, sampling)
+            trace = engine.trace(options.trace) if options.trace is not None else nullcontext()
+            with trace:
+                output = engine.rollout(prompts, sampling)
+                for completion in output.completions:
+                    _show(completion, options.prompt, options.n)
+                _say_stats(output.stats, files)
+                if not options.compare_hf:
+                    return 0
+                return _compare(engine, files, prompts, sampling)
         finally:
             leave_ranks()
 
@@ -170,12 +182,7 @@ def _show(completion: Completion, texts: list[str], num_samples: int) -> None:
 
 
 def _say_stats(stats: Any, files: ModelFiles) -> None:
-    _say(
-        f"\n{stats.completion_tokens} tokens in {files.dtype}, {stats.tokens_per_s:.1f} tokens/s: "
-        f"path {stats.path}, backend {stats.backend}, weights {stats.strategy} "
-        f"(gather {stats.gather_s:.2f} s), prefill {stats.prefill_s:.2f} s, "
-        f"decode {stats.decode_s:.2f} s"
-    )
+    _say(f"\nin {files.dtype}: {stats.summary()}")
     for note in stats.notes:
         _say(f"note: {note}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -322,8 +322,11 @@ def run_rank(rank: int, settings: DemoSettings, rendezvous: Path, began_at: floa
     record = DemoRecord(settings=options)
     report = Report(record, settings.out) if rank == 0 else None
     demo = Demo(rank, settings, record, report)
+    traced = ExitStack()
     try:
         demo.start(rendezvous)
+        if settings.trace is not None:
+            traced.enter_context(demo.engine.trace(settings.trace))
         record.start_up_s = time.time() - began_at
         demo.warm_up()
         record.reward_start = demo.held_out_reward(1.0)
@@ -344,6 +347,7 @@ def run_rank(rank: int, settings: DemoSettings, rendezvous: Path, began_at: floa
         raise
     finally:
         record.total_s = time.time() - began_at
+        traced.close()
         if report is not None:
             report.finish()
         leave_ranks()

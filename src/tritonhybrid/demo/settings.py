@@ -19,6 +19,7 @@ class DemoSettings:
         steps: GRPO steps.
         seed: Fixes weights, prompts and samples.
         out: Directory of ``metrics.json`` and ``reward.png``.
+        trace: File of trace events, one a rank; None writes none.
         warm_up_steps: Imitation steps before GRPO.
         warm_up_batch: Demonstrations a warm-up step.
         warm_up_lr: Peak learning rate of warm-up; falls to a tenth.
@@ -36,6 +37,7 @@ class DemoSettings:
     steps: int = 60
     seed: int = 0
     out: Path = Path("runs/demo")
+    trace: Path | None = None
     warm_up_steps: int = 400
     warm_up_batch: int = 64
     warm_up_lr: float = 1e-3

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import TracebackType
 
@@ -99,11 +100,16 @@ class CollectiveCall:
 
     Args:
         agreement: Where the ranks meet, or None.
+
+    Attributes:
+        on_met: Called after each meeting, failed ones too, with the ``time.perf_counter()``
+            of its beginning and its seconds.
     """
 
     def __init__(self, agreement: RankAgreement | None) -> None:
         self._agreement = agreement
         self._is_over = agreement is None
+        self.on_met: Callable[[float, float], None] = lambda start_s, seconds: None
 
     def __enter__(self) -> CollectiveCall:
         """Nothing yet: arguments are checked first."""
@@ -137,11 +143,14 @@ class CollectiveCall:
         assert self._agreement is not None
         # A failed meeting is the last one: no rank waits for another after it.
         self._is_over = error is not None
+        start = time.perf_counter()
         try:
             self._agreement.meet(error)
         except BaseException:
             self._is_over = True
             raise
+        finally:
+            self.on_met(start, time.perf_counter() - start)
 
 
 def brief(error: BaseException) -> str:

@@ -32,6 +32,7 @@ class Materialisation:
 
     Args:
         strategy: How.
+        gather_start_s: ``time.perf_counter()`` when gathering began; 0.0 where none was needed.
         gather_s: Seconds.
         gather_bytes: Bytes that came from all-gathers on this rank.
         extra_bytes: Bytes allocated beyond the training copy.
@@ -41,6 +42,7 @@ class Materialisation:
     """
 
     strategy: Strategy
+    gather_start_s: float
     gather_s: float
     gather_bytes: int
     extra_bytes: int
@@ -147,6 +149,7 @@ class WeightSource:
             if strategy != "pinned":
                 yield Materialisation(
                     strategy=strategy,
+                    gather_start_s=0.0,
                     gather_s=0.0,
                     gather_bytes=0,
                     extra_bytes=0,
@@ -168,6 +171,7 @@ class WeightSource:
                     meet()
                 yield Materialisation(
                     strategy=strategy,
+                    gather_start_s=start,
                     gather_s=gather_s,
                     gather_bytes=gathered,
                     extra_bytes=arena.num_bytes,
