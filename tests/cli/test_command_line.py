@@ -73,6 +73,11 @@ def test_a_mistyped_command_line_exits_with_2(words: list[str], capsys: pytest.C
             "SamplingParams.temperature",
         ),
         (["generate", "--model", "/nowhere", "--prompt", "x", "--device", "cpu"], "/nowhere"),
+        (["demo", "--device", "cpu", "--trace", "/nowhere/calls.json"], "no directory /nowhere"),
+        (
+            ["generate", "--model", "/nowhere", "--prompt", "x", "--trace", "/tmp"],
+            "the directory /tmp",
+        ),
         (["doctor", "--model", "/nowhere"], "/nowhere"),
     ],
 )

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     settings = DemoSettings(
         zero=3, ranks=ranks, device=choose_device("cpu"), steps=2, out=out,
         warm_up_steps=warm_up_steps, warm_up_batch=8, prompts_per_step=4, samples_per_prompt=4,
-        held_out_prompts=8, held_out_samples=2, comparison_rounds=1,
+        held_out_prompts=8, held_out_samples=2, comparison_rounds=1, trace=Path("calls.json"),
     )
     sys.exit(launch(settings, time.time()))
 """
@@ -50,6 +50,11 @@ def start(tmp_path: Path) -> Callable[[int, int], subprocess.Popen[str]]:
 
 def metrics_of(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "out/metrics.json").read_text())
+
+
+def traced(path: Path) -> list[str]:
+    """Names of a whole trace's events."""
+    return [event["name"] for event in json.loads(path.read_text())["traceEvents"]]
 
 
 def group_members(group: int) -> list[str]:
@@ -87,6 +92,12 @@ def test_a_run_trains_compares_and_reports(tmp_path: Path, start, ranks: int):
     assert metrics["settings"]["ranks"] == ranks
     assert "greedy tokens equal to HF's" in out
     assert (tmp_path / "out/reward.png").read_bytes().startswith(b"\x89PNG")
+    names = ["calls.json"] if ranks == 1 else ["calls.rank0.json", "calls.rank1.json"]
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == names
+    assert f"wrote {names[0]}" in out
+    for name in names:
+        # Four measurements, two steps, a check of greedy tokens and a round of the comparison.
+        assert traced(tmp_path / name).count("rollout") == 4 + 2 + 1 + 1
 
 
 @pytest.mark.parametrize(("ranks", "to_group"), [(1, True), (2, True), (2, False)])
@@ -109,4 +120,6 @@ def test_ctrl_c_leaves_no_process_and_what_was_written(
     metrics = metrics_of(tmp_path)
     assert metrics["state"] == "interrupted"
     assert len(metrics["warm_up_losses"]) >= 1
+    name = "calls.json" if ranks == 1 else "calls.rank0.json"
+    assert "process_name" in traced(tmp_path / name)
     assert (tmp_path / "out/reward.png").exists()

@@ -15,6 +15,8 @@ KERNELS = ROOT / "kernels/tritonhybrid_kernels"
 
 PLAIN_ROOMS = (
     "block_manager",
+    "call_observer",
+    "call_trace",
     "config",
     "errors",
     "long_rope",

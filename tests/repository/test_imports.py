@@ -55,6 +55,21 @@ def test_importing_everything_public_loads_no_modelling_code(added_by_the_public
     assert modelling == set()
 
 
+def test_a_rollout_without_progress_loads_no_drawing():
+    added = modules_added_by("""
+from transformers import LlamaConfig, LlamaForCausalLM
+from tritonhybrid import SamplingParams
+from tritonhybrid.testing import hold
+
+sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval()
+hold(model).rollout([[3, 4]], SamplingParams(max_new_tokens=2))
+""")
+    assert "tritonhybrid.decoding_loop" in added
+    assert {name.split(".")[0] for name in added}.isdisjoint({"matplotlib", "rich"})
+    assert "tritonhybrid.progress_bar" not in added
+
+
 def test_importing_everything_public_loads_no_drawing(added_by_the_public_names: set[str]):
     tops = {name.split(".")[0] for name in added_by_the_public_names}
     assert tops.isdisjoint({"matplotlib", "rich"})

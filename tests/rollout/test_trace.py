@@ -162,6 +162,18 @@ def test_hfs_own_loop_is_recorded_step_by_step(engine: Any, tmp_path: Path, monk
     assert 0 < seconds(named(events, *STEPS)) <= stats.decode_s
 
 
+def test_a_call_that_nobody_watches_reports_no_step(engine: Any, monkeypatch: pytest.MonkeyPatch):
+    import tritonhybrid.call
+    import tritonhybrid.decoding_loop
+
+    def refuse(**_: Any) -> None:
+        raise AssertionError("work for nobody")
+
+    monkeypatch.setattr(tritonhybrid.decoding_loop, "StepReport", refuse)
+    monkeypatch.setattr(tritonhybrid.call, "Span", refuse)
+    assert engine.rollout(PROMPTS, PARAMS).stats.completion_tokens == 54
+
+
 def test_a_call_that_fails_leaves_a_whole_file(
     engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

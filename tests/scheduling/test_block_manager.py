@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -92,6 +93,8 @@ def test_counts_hold_after_a_random_walk(seed: int):
                 written = tables[index][(lengths[index] - 1) // blocks.block_size]
                 assert sum(written in table for table in tables) == 1
         blocks.check_integrity(tables)
+        owners = Counter(page for table in tables for page in table)
+        assert blocks.num_shared == sum(count > 1 for count in owners.values())
         assert blocks.num_free + blocks.num_used == blocks.num_blocks
     for table in tables:
         blocks.free(table)
@@ -104,9 +107,10 @@ def test_counts_hold_after_a_random_walk(seed: int):
         (lambda blocks, table: table.pop(), "differ from the tables'"),
         (lambda blocks, table: blocks._is_free.__setitem__(table[0], 1), "free and in use"),
         (lambda blocks, table: setattr(blocks, "_num_free", 3), "counted 3"),
+        (lambda blocks, table: setattr(blocks, "_num_shared", 1), "0 pages are shared, 1 were"),
         (lambda blocks, table: blocks._is_free.__setitem__(3, 0), "are not 4"),
     ],
-    ids=["lost reference", "free and used", "miscounted", "lost page"],
+    ids=["lost reference", "free and used", "miscounted", "miscounted shared", "lost page"],
 )
 def test_check_integrity_notices_damage(damage, message: str):
     blocks = BlockManager(4, 16)

@@ -41,8 +41,8 @@ def add_parser(commands: Any) -> None:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="write every rollout's steps and times as a trace for ui.perfetto.dev; with two "
-        "ranks FILE.rank0 and FILE.rank1, before its suffix",
+        help="write every rollout's steps and times as a trace for ui.perfetto.dev; two ranks "
+        "write calls.rank0.json and calls.rank1.json for calls.json",
     )
     parser.set_defaults(run=run)
 

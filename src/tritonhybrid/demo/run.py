@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
 import tritonhybrid
+from tritonhybrid.call_trace import CallTrace
 from tritonhybrid.demo import grpo, task
 from tritonhybrid.demo.model import model_config
 from tritonhybrid.demo.record import Comparison, DemoRecord, StepRecord
@@ -323,10 +324,11 @@ def run_rank(rank: int, settings: DemoSettings, rendezvous: Path, began_at: floa
     report = Report(record, settings.out) if rank == 0 else None
     demo = Demo(rank, settings, record, report)
     traced = ExitStack()
+    trace: CallTrace | None = None
     try:
         demo.start(rendezvous)
         if settings.trace is not None:
-            traced.enter_context(demo.engine.trace(settings.trace))
+            trace = traced.enter_context(demo.engine.trace(settings.trace))
         record.start_up_s = time.time() - began_at
         demo.warm_up()
         record.reward_start = demo.held_out_reward(1.0)
@@ -350,6 +352,8 @@ def run_rank(rank: int, settings: DemoSettings, rendezvous: Path, began_at: floa
         traced.close()
         if report is not None:
             report.finish()
+            if trace is not None:
+                report.say(f"wrote {trace.path}, for ui.perfetto.dev")
         leave_ranks()
     is_whole_recipe = settings.steps >= DemoSettings.steps
     is_good = record.is_greedy_equal and (record.is_goal_met or not is_whole_recipe)
