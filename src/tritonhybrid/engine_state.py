@@ -120,9 +120,9 @@ class EngineState:
             self.is_busy = True
             failure: BaseException | None = None
             try:
-                for observer in call.observers:
-                    observer.on_begin(kind, start)
                 with collective:
+                    for observer in call.observers:
+                        observer.on_begin(kind, start)
                     _check_limit("token_budget", token_budget)
                     _check_limit("max_num_seqs", max_num_seqs)
                     yield call

@@ -53,6 +53,9 @@ class ProgressBar(CallObserver):
                 TextColumn("{task.fields[facts]}"),
                 console=self._console,
                 auto_refresh=False,
+                # Else what a stream's consumer prints would go to stderr.
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._bar.start()
             self._task = self._bar.add_task("rollout", total=self._num_sequences, facts="")

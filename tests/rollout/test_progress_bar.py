@@ -92,10 +92,15 @@ def test_a_rank_without_prompts_draws_nothing(engine: Any, screen: Screen):
     assert screen.text.getvalue() == ""
 
 
-def test_a_stream_draws_and_puts_away_when_it_is_closed(engine: Any, screen: Screen):
+def test_a_stream_draws_and_puts_away_when_it_is_closed(
+    engine: Any, screen: Screen, capsys: pytest.CaptureFixture
+):
     with engine.rollout_stream(PROMPTS, PARAMS, progress=True) as stream:
         next(stream)
         assert screen.bars[0]._bar is not None
+        print("the consumer's own")
+    assert capsys.readouterr().out == "the consumer's own\n"
+    assert "the consumer's own" not in screen.text.getvalue()
     assert_put_away(screen)
 
 
