@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -100,3 +100,13 @@ def poisoned() -> Callable[..., torch.Tensor]:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one rank, once: DeepSpeed keeps groups that it made over the first."""
+    from tritonhybrid.local_engine import choose_device, join_ranks, leave_ranks
+
+    join_ranks(0, 1, choose_device("auto"), tmp_path_factory.mktemp("ranks") / "meeting")
+    yield
+    leave_ranks()

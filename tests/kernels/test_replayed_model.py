@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,8 +13,6 @@ from tritonhybrid.local_engine import (
     LocalEngineConfig,
     build_engine,
     choose_device,
-    join_ranks,
-    leave_ranks,
 )
 from tritonhybrid.recording import python_capture
 
@@ -35,13 +31,7 @@ SIZES = {
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], list(range(20, 35))]
 NEW = 6
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank(tmp_path_factory: pytest.TempPathFactory):
-    rendezvous: Path = tmp_path_factory.mktemp("ranks") / "meeting"
-    join_ranks(0, 1, choose_device("auto"), rendezvous)
-    yield
-    leave_ranks()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")

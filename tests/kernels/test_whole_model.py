@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,6 @@ from tritonhybrid import SamplingParams
 from tritonhybrid.local_engine import (
     LocalEngineConfig,
     build_engine,
-    choose_device,
-    join_ranks,
-    leave_ranks,
 )
 from tritonhybrid_kernels.ops import OP_NAMES
 
@@ -35,13 +31,7 @@ SIZES = {
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], list(range(20, 41))]
 NEW = 5
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank(tmp_path_factory: pytest.TempPathFactory):
-    rendezvous: Path = tmp_path_factory.mktemp("ranks") / "meeting"
-    join_ranks(0, 1, choose_device("auto"), rendezvous)
-    yield
-    leave_ranks()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def _model(family: str) -> torch.nn.Module:
